@@ -36,7 +36,7 @@ class LabelTable(NamedTuple):
 
     labels: (N,) int64 finest class id of every row.
     split: (N,) uint8, TRAIN or TEST.
-    groups: (N,) int64 index of a source domain (PACS) or None.
+    groups: (N,) int64 index into `group_names`, the source domains (PACS), or None.
     fingerprint: sha256 of images, labels and row order, hex.
     """
 
@@ -46,3 +46,4 @@ class LabelTable(NamedTuple):
     classes: ClassTable
     fingerprint: str
     groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()

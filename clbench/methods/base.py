@@ -70,7 +70,7 @@ class Setting:
     classes: table of the C classes of the scenario (static from the start; heads have C outputs).
     classes_per_task: number of new classes of each task, or None where boundaries are unknown.
     task_classes: the class ids of each task (for the `task` setting and for methods that know boundaries).
-    image_shape: (C, H, W) that `read` returns under view `train`.
+    image_shape: (C, H, W) that `read` returns under view `train`.  image_bytes: bytes of one stored image.
     scenario_id, online, epochs, batch_size: the scenario's.
     read(rows, domain, view, rng): (B,) int64 -> (B, C, H, W) float32; for replay, second views, reference sets.
     rng(purpose, *keys): a generator on `device` that depends on the run's seed and these arguments alone.
@@ -80,6 +80,7 @@ class Setting:
     classes_per_task: tuple[int, ...] | None
     task_classes: tuple[Tensor, ...]
     image_shape: tuple[int, ...]
+    image_bytes: int
     device: torch.device
     scenario_id: str
     setting: SettingName

@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     images: (B, C, H, W) float32, or (B, D) features if the phase's view is `features`.
     targets, rows: (B,) int64.  domain: (B,) int64 or None.
     seen: (num_classes,) bool, classes unlocked up to and including this batch.
-    epoch: pass over the source, from 0.
+    epoch: pass over the source, from 0.  last_update: no further update follows on this batch.
     """
 
     images: Tensor
@@ -60,3 +60,4 @@ class Batch(NamedTuple):
     at: Cursor
     phase: Phase
     epoch: int
+    last_update: bool = True

@@ -1,0 +1,50 @@
+"""When to evaluate: densely behind a task switch, where the stability gap is, then sparsely."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["Schedule", "fit_schedule"]
+
+
+class Schedule(NamedTuple):
+    """Evaluate after each of the first `dense` steps of a task, then after every `every`-th; `every=0` never."""
+
+    every: int
+    dense: int = 0
+
+    def due(self, step_in_task: int) -> bool:
+        """Whether to evaluate after the `step_in_task`-th step (from 1) of a task."""
+        return self.every > 0 and (step_in_task <= self.dense or step_in_task % self.every == 0)
+
+    def count(self, steps: int) -> int:
+        """Evaluations of a task of `steps` steps, its end included."""
+        if self.every == 0 or steps == 0:
+            return 0
+        dense = min(self.dense, steps)
+        sparse = steps // self.every - dense // self.every
+        return dense + sparse + (not self.due(steps))
+
+
+def fit_schedule(steps: Sequence[int], train_images: Sequence[int], eval_images: Sequence[int], dense: int) -> Schedule:
+    """The densest schedule whose evaluations cost no more than training.
+
+    steps, train_images, eval_images: per task, its steps, the images it trains on, the images of one evaluation. A
+    training image counts three forward passes, an evaluated one counts one. `dense` is cut down first if even it alone
+    costs more than half of the budget. Depends on the scenario and the phases only, never on the machine.
+    """
+    budget = 3 * sum(train_images)
+
+    def cost(schedule: Schedule) -> int:
+        return sum(schedule.count(n) * images for n, images in zip(steps, eval_images, strict=True))
+
+    longest = max(steps, default=1) or 1
+    while dense > 0 and cost(Schedule(longest, dense)) > budget / 2:
+        dense //= 2
+    low, high = 1, longest
+    while low < high:
+        middle = (low + high) // 2
+        if cost(Schedule(middle, dense)) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    return Schedule(low, dense if low > 1 else 0)

@@ -1,0 +1,66 @@
+"""What finetune, joint and er share: a backbone with one linear head of static size, trained by SGD on cross entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clbench.methods.base import Head, Method, Setting, hp
+
+__all__ = ["SgdConfig", "SoftmaxMethod"]
+
+
+@dataclass(frozen=True)
+class SgdConfig:
+    """Optimiser and loss of a softmax classifier."""
+
+    lr: float = hp(
+        0.1, "learning rate of SGD", low=0.0, high=10.0, scale="log", source="online_baselines card, family A",
+        tune={"low": 1e-3, "high": 0.3},
+    )  # fmt: skip
+    momentum: float = hp(0.0, "momentum of SGD", low=0.0, high=0.999)
+    weight_decay: float = hp(0.0, "weight decay of SGD", low=0.0, high=1.0, scale="log")
+    train_classes: str = hp(
+        "all", "classes the training softmax runs over, in the class setting", choices=("all", "seen"),
+        source="online_baselines card 2.3: all",
+    )  # fmt: skip
+
+
+class SoftmaxMethod(Method):
+    """Backbone, linear head, SGD. In the task setting a sample's softmax runs over the classes of its own task."""
+
+    def __init__(self, config: Any, backbone: nn.Module, setting: Setting) -> None:
+        super().__init__(config, backbone, setting)
+        self.classifier = nn.Linear(int(backbone.num_features), setting.num_classes)
+        self.optimizer = torch.optim.SGD(
+            [*backbone.parameters(), *self.classifier.parameters()],
+            lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+        )  # fmt: skip
+        self._siblings = siblings(setting) if setting.setting == "task" else None
+
+    def loss(self, images: Tensor, targets: Tensor, seen: Tensor) -> Tensor:
+        """Mean cross entropy of (B, C, H, W) images and (B,) int64 targets; `seen`: (C,) bool."""
+        logits = self.classifier(self.features(images, None))
+        if self._siblings is not None:
+            logits = logits.masked_fill(~self._siblings[targets], -torch.inf)
+        elif self.config.train_classes == "seen":
+            logits = logits.masked_fill(~seen, -torch.inf)
+        return nn.functional.cross_entropy(logits, targets)
+
+    def classify(self, features: Tensor, allowed: Tensor, task: int | None) -> Tensor:
+        out: Tensor = self.classifier(features)
+        return out
+
+    def head(self, task: int | None) -> Head:
+        return Head("linear", self.classifier.weight, self.classifier.bias)
+
+
+def siblings(setting: Setting) -> Tensor:
+    """(C, C) bool: whether two classes belong to one task. Classes that no task introduces are their own siblings."""
+    same = torch.eye(setting.num_classes, dtype=torch.bool)
+    for classes in setting.task_classes:
+        same[classes[:, None], classes[None, :]] = True
+    return same.to(setting.device)

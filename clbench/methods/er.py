@@ -1,0 +1,68 @@
+"""Experience Replay: train on each incoming batch and on a batch drawn from a reservoir memory.
+
+Chaudhry et al. 2019, in the form of the online class-incremental literature (RaptorMai, PCR, HPCR code; online_baselines
+card, sections 2.1-2.3): loss = mean CE of the stream batch + mean CE of the replay batch, from two separate forward
+passes (each with its own batch-norm statistics), one SGD step, then the reservoir sees the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from clbench.memory.buffer import Buffer
+from clbench.methods._softmax import SgdConfig, SoftmaxMethod
+from clbench.methods.base import Setting, hp
+from clbench.stream.types import Batch
+
+
+@dataclass(frozen=True)
+class Config(SgdConfig):
+    """Hyperparameters of ER."""
+
+    capacity: int = hp(1000, "exemplars in memory", low=0, high=10_000_000, unit="exemplars")
+    replay_batch_size: int = hp(10, "exemplars drawn per step", low=1, high=100_000, source="card, families A and B")
+    reservoir: str = hp(
+        "batch", "reservoir rule: one draw range per batch (the field's code) or per sample (textbook)",
+        choices=("batch", "exact"), source="card 2.1",
+    )  # fmt: skip
+    stream_weight: float = hp(1.0, "weight of the stream's loss", low=0.0, high=100.0, source="card 2.3")
+    replay_weight: float = hp(1.0, "weight of the replay loss", low=0.0, high=100.0, source="card 2.3")
+
+
+class ER(SoftmaxMethod):
+    """Stream batch + replay batch. Weights (1, 1) are the online literature's, (lambda, 1 - lambda) the stability-gap
+    paper's; there lambda scales the loss of the first task too."""
+
+    Config = Config
+    aliases = ("experience-replay", "replay")
+
+    def __init__(self, config: Config, backbone: nn.Module, setting: Setting) -> None:
+        super().__init__(config, backbone, setting)
+        rule = "exact" if config.reservoir == "exact" else "batch"
+        self.buffer = Buffer(config.capacity, setting.device, rule=rule)
+
+    def step(self, batch: Batch) -> Mapping[str, Tensor]:
+        step, rng = batch.at.step, self.setting.rng
+        self.optimizer.zero_grad()
+        stream_loss = self.loss(batch.images, batch.targets, batch.seen)
+        (self.config.stream_weight * stream_loss).backward()
+        losses = {"stream_loss": stream_loss.detach()}
+        if len(self.buffer) > 0:
+            drawn = self.buffer.sample(self.config.replay_batch_size, rng("replay", step))
+            images = self.setting.read(drawn.rows, drawn.domain, batch.phase.view, rng("replay-view", step))
+            replay_loss = self.loss(images, drawn.targets, batch.seen)
+            (self.config.replay_weight * replay_loss).backward()
+            losses["replay_loss"] = replay_loss.detach()
+        self.optimizer.step()
+        if batch.last_update and batch.epoch == 0:
+            self.buffer.add(batch.rows, batch.targets, rng("reservoir", step), batch.domain)
+        return losses
+
+    def memory_bytes(self) -> dict[str, int]:
+        return {"buffer": self.buffer.num_bytes(self.setting.image_bytes)}
+
+
+METHOD = ER
