@@ -73,6 +73,7 @@ class Learner:
         self.predictions: list[Tensor] = []  # after each task: (all test rows,) int32
         self.times = {"data_s": 0.0, "train_s": 0.0, "evaluate_s": 0.0, "save_s": 0.0}
         self.images_trained = 0
+        self.guard: Callable[[], AbstractContextManager[None]] = nullcontext  # tests put `forbid_host_reads` here
         self._save = save
         self._checkpoint_steps = checkpoint_steps
         self._checkpoint_seconds = checkpoint_seconds
@@ -146,7 +147,7 @@ class Learner:
             batch = stream.batch(plan, at)
             got = clock()
             self._seed_global("step")
-            with self._autocast():
+            with self._autocast(), self.guard():
                 losses = method.step(batch)
             step = at.step + 1
             self.losses.add(step, losses)
@@ -157,7 +158,7 @@ class Learner:
             else:
                 self.at = at._replace(update=at.update + 1, step=step)
             if self.schedule.due(step - task_start):
-                with self._autocast():
+                with self._autocast(), self.guard():
                     evaluator.observe(method, at.task, at.phase, step, stream.position(plan, at.iteration))
             times["data_s"] += got - begin
             times["train_s"] += trained - got

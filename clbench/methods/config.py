@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import Field
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from clbench.errors import InputError, unknown_name
 from clbench.methods.base import config_fields
+from clbench.scenarios.params import read
 
 __all__ = ["make_config"]
-
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def make_config(
@@ -29,7 +28,7 @@ def make_config(
         for name, value in given.items():
             if name not in known:
                 raise unknown_name(f"hyperparameter of {where}", name, known)
-            values[name] = convert(value, hints[name], f"hyperparameter {name!r} of {where}")
+            values[name] = read(hints[name], value, f"hyperparameter {name!r} of {where}")
             check(values[name], known[name], f"hyperparameter {name!r} of {where}")
             sources[name] = source
     made = config(**values)
@@ -41,36 +40,6 @@ def make_config(
         for name, item in known.items()
     }
     return made, report
-
-
-def convert(value: Any, kind: Any, what: str) -> Any:
-    """Read `value` (a string, or a value already) as `kind`: int, float, bool, str, tuple[T, ...], or T | None."""
-    options = get_args(kind)
-    if type(None) in options:
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
-            return None
-        kind = next(option for option in options if option is not type(None))
-    if get_origin(kind) is tuple:
-        parts = [p for p in value.split(",") if p] if isinstance(value, str) else list(value)
-        return tuple(convert(part, get_args(kind)[0], what) for part in parts)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
-    wrong = InputError(f"{what} must be {wanted}, got {value!r}")
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        text = str(value).lower()
-        if text in TRUE + FALSE:
-            return text in TRUE
-        raise wrong
-    if isinstance(value, bool) or value is None:
-        raise wrong
-    try:
-        number = kind(value)
-    except (TypeError, ValueError):
-        raise wrong from None
-    if kind is int and isinstance(value, float) and value != number:
-        raise wrong
-    return number
 
 
 def check(value: Any, item: "Field[Any]", what: str) -> None:

@@ -13,9 +13,9 @@ Each task is three phases, named as in the code below:
 
 Alignment is for answering only: the next task starts from the heads as they were before it ("recall").
 
-Same as the official code: everything above, the mean shrink (in the code, not in the paper's text), the norm as the mean
-of per-task norms. Different, with the same result up to rounding and random draws: each covariance is factored once, in
-float64; few-shot covariances are kept as a low-rank factor of the same Gaussian; heads are rows of one matrix.
+Same as the official code: everything above, the mean shrink (in the code, not in the paper's text), the norm as the
+mean of per-task norms. Different, with the same result up to rounding and random draws: each covariance is factored
+once, in float64; few-shot covariances are kept as a low-rank factor of the same Gaussian; heads are rows of one matrix.
 The task index of the mean shrink counts tasks; the official one goes wrong if tasks differ in size (a switch).
 The official backbones replace the pretrained final norm by a fresh one: backbone option `final_norm = "fresh"`.
 A class with one training row has no covariance: it gets `ridge * I`. SLCA++ is not part of this file.
@@ -27,6 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +95,8 @@ class SLCAConfig:
     )  # fmt: skip
     ridge: float = hp(1e-4, "added to the diagonal of each covariance", low=1e-12, scale="log", source="official code")
     sampler: str = hp(
-        "auto", "form of the kept covariance; the same Gaussian. auto: whichever is smaller for the task's classes",
-        choices=("auto", "cholesky", "lowrank"), source="official: cholesky",
+        "lowrank", "form of the kept covariances, of the same Gaussian; lowrank: smaller, for tasks whose classes all "
+        "have fewer rows than features, else cholesky", choices=("lowrank", "cholesky"), source="official: cholesky",
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def mean_norm(logits: Tensor, sizes: Sequence[int]) -> Tensor:
 
     sizes: number of classes of each task, in column order. The mean of norms is not the norm of all logits.
     """
-    norms = [torch.linalg.vector_norm(part, dim=1) for part in logits.split(list(sizes), dim=1)]
+    norms = [torch.linalg.vector_norm(part, dim=1) for part in torch.split(logits, list(sizes), dim=1)]
     return (torch.stack(norms, dim=1) + NORM_EPS).mean(dim=1)
 
 
@@ -157,8 +158,8 @@ def covariance_factor(features: Tensor, ridge: float, *, low_rank: bool) -> tupl
     """Mean (D,) and factor F (r, D) of one class's features (n, D), both float64.
 
     Full: r = D and `F^T F` is the covariance of `class_statistics` (F: its Cholesky factor, transposed).
-    Low rank: r = min(n, D) and `F^T F + ridge I` is that covariance (F: triangular factor of the centred features, which
-    is determined by the covariance up to signs of rows, so it holds no more about single images than that does).
+    Low rank: r = min(n, D) and `F^T F + ridge I` is that covariance (F: triangular factor of the centred features; it
+    follows from the covariance up to signs of rows, so it holds no more about single images than that does).
     """
     if low_rank:
         mean, centred = _centred(features)
@@ -174,19 +175,13 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (features - mean) / math.sqrt(max(len(features) - 1, 1))
 
 
-def mean_shrink(sizes: Sequence[int], official: bool = False) -> list[float]:
-    """Scale of each class's mean, `0.9 + 0.1 (t_c + 1) / T`: K numbers in column order.
+def mean_shrink(tasks: Tensor, num_tasks: int) -> Tensor:
+    """Scale of each class's mean, `0.9 + 0.1 (t_c + 1) / T`, in float64. tasks: (K,) int64 task t_c of each class.
 
-    t_c: the task of class c; official: `c // sizes[-1]`, which runs past the last task if that one is smaller.
-
-    >>> mean_shrink([1, 1])
+    >>> mean_shrink(torch.tensor([0, 1]), 2).tolist()
     [0.95, 1.0]
     """
-    if official:
-        tasks = [column // sizes[-1] for column in range(sum(sizes))]
-    else:
-        tasks = [task for task, size in enumerate(sizes) for _ in range(size)]
-    return [0.9 + 0.1 * (task + 1) / len(sizes) for task in tasks]
+    return 0.9 + 0.1 * (tasks.double() + 1) / num_tasks
 
 
 def sample_features(means: Tensor, factors: Tensor, noise: Tensor, ridge: float) -> Tensor:
@@ -202,8 +197,12 @@ def sample_features(means: Tensor, factors: Tensor, noise: Tensor, ridge: float)
 
 # -- the method ------------------------------------------------------------------------------------------------------
 class SLCA(Method):
-    """See the module. Heads are rows of one (C, D) matrix in order of arrival ("columns" of the logits), so that a task's
-    head is a slice of it: the optimiser of a phase holds that slice and can't touch any other row."""
+    """See the module. Heads are rows of one (C, D) matrix in order of arrival ("columns" of the logits), so that a
+    task's head is a slice of it: the optimiser of a phase holds that slice and can't touch any other row.
+
+    A checkpoint holds the factors of all classes seen: r x D numbers each, r the rows of the largest class of the task
+    or D (a quarter to 2.4 MB per class for ViT-B/16); nothing left in a run could rebuild them.
+    """
 
     Config = SLCAConfig
     settings = frozenset({"class", "task"})
@@ -211,102 +210,90 @@ class SLCA(Method):
 
     def __init__(self, config: SLCAConfig, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
-        if setting.online:
-            raise InputError(
-                f"slca reads each task more than once, but scenario {setting.scenario_id} is online: "
-                f"choose a scenario with epochs"
-            )
-        tasks = [classes.tolist() for classes in setting.task_classes]
+        device, num_classes = setting.device, setting.num_classes
+        tasks = _own_classes(setting)
         arrival = [c for classes in tasks for c in classes]
-        if len(set(arrival)) != len(arrival) or not all(tasks):
-            raise InputError(
-                f"slca gives each task a head of its own, but in scenario {setting.scenario_id} some task brings "
-                f"no new class or one that came before: choose a scenario whose tasks have classes of their own"
-            )
-        self._sizes = [len(classes) for classes in tasks]
-        self._ends = list(accumulate(self._sizes))
-        arrival += sorted(set(range(setting.num_classes)) - set(arrival))
-        self._class_at = torch.tensor(arrival, device=setting.device)  # column -> class id
+        arrival += sorted(set(range(num_classes)) - set(arrival))
+        self._class_at = torch.tensor(arrival, device=device)  # column -> class id
         self._column = torch.argsort(self._class_at)  # class id -> column
+        self._sizes = [len(classes) for classes in tasks]
+        self._ends = list(accumulate(self._sizes))  # task -> columns seen behind it
+        self._task_of = torch.tensor([t for t, size in enumerate(self._sizes) for _ in range(size)], device=device)
 
         if config.backbone_scale == 0:
             freeze(backbone)
             self.frozen_backbone = True
             self.view = "features"
         self._trainable = [p for p in backbone.parameters() if p.requires_grad]
-        width: int = backbone.num_features  # type: ignore[assignment]  # nn.Module's __getattr__ hides the type
-        self.classifier = nn.Linear(width, setting.num_classes, device=setting.device).requires_grad_(False)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
-        self.recall_weight = self.classifier.weight.detach().clone()  # the heads before alignment
-        self.recall_bias = self.classifier.bias.detach().clone()
-        self.backbone_version: int | None = None
-        self.means = torch.zeros((setting.num_classes, width), dtype=torch.float64, device=setting.device)
+        self.backbone_version: int | None = None  # None while it trains
+        width = int(backbone.num_features)  # type: ignore[arg-type]  # nn.Module hides the type of attributes
+        self.classifier = nn.Linear(width, num_classes, device="meta").to_empty(device=device).requires_grad_(False)
+        self.classifier.weight.zero_()
+        self.classifier.bias.zero_()
+        self.recall_weight = self.classifier.weight.clone()  # the heads before alignment
+        self.recall_bias = self.classifier.bias.clone()
+        self.means = torch.zeros((num_classes, width), dtype=torch.float64, device=device)
         self.factors: list[Tensor] = []  # one (c, r, D) per task
-        self.task_features: Tensor | None = None  # (n, D) while the statistics are collected
-        self.task_columns: Tensor | None = None  # (n,)
+        self.collected = torch.zeros((0, width), device=device)  # features of the task, during `statistics`
+        self.collected_columns = torch.zeros(0, dtype=torch.int64, device=device)
         self.optimizer: torch.optim.SGD | None = None
-        self._rows: list[Tensor] = []  # the slices of weight and bias that are trained
-        self._samples: Tensor | None = None  # (K * S, D), this alignment epoch's
-        self._order: Tensor | None = None  # (K * S,)
-        self._drawn: tuple[int, int] | None = None  # task and epoch that they are of
+        self._rows: list[Tensor] = []  # the slices of weight and bias that are being trained
+        self._samples = self._order = self.means[:0]  # this alignment epoch's, see `_draw`
+        self._drawn: tuple[int, int] | None = None  # task and epoch that they are for
 
     def phases(self, task: Task, index: int) -> Sequence[Phase]:
-        train = Phase("train", view="features" if self.frozen_backbone else "train")
-        if not self.config.align:
-            return [train]
-        statistics = Phase(
-            "statistics", epochs=1, batch_size=STATISTICS_BATCH, order="listed", view=self.view, updates=1, drop_last=False
-        )
-        if index == 0:
-            return [train, statistics]
-        steps = self.config.ca_epochs * self._ends[index]
-        return [train, statistics, Phase("align", source="none", iterations=steps, updates=1)]
+        phases = [Phase("train", view="features" if self.frozen_backbone else "train")]
+        if self.config.align:
+            phases.append(
+                Phase("statistics", epochs=1, batch_size=STATISTICS_BATCH, order="listed", view=self.view,
+                      updates=1, drop_last=False)
+            )  # fmt: skip
+            if index > 0:
+                iterations = self.config.ca_epochs * self._ends[index]
+                phases.append(Phase("align", source="none", iterations=iterations, updates=1))
+        return phases
 
-    # -- phases ------------------------------------------------------------------------------------------------------
     def begin_phase(self, task: Task, phase: Phase, at: Cursor) -> None:
         if phase.name == "train":
-            self._check(task, at)
+            self._check_rows(task, at)
             self.backbone_version = None
             self._recall()
             weight, bias = self._head_rows(self._first(at), self._ends[at.task])
             nn.init.trunc_normal_(weight, std=0.02, generator=self.setting.rng("slca-head", at.task))
             bias.zero_()
         elif phase.name == "statistics":
-            self.task_features = self.means.new_zeros(
-                (len(task.rows), self.means.shape[1]), dtype=self.classifier.weight.dtype
-            )
-            self.task_columns = torch.zeros_like(task.rows, device=self.setting.device)
+            self.collected = self.recall_weight.new_zeros((len(task.rows), self.means.shape[1]))
+            self.collected_columns = self._column.new_zeros(len(task.rows))
 
     def open_phase(self, task: Task, phase: Phase, at: Cursor) -> None:
-        slow = phase.name == "train" and not self.frozen_backbone
-        self.backbone.train(slow)
+        train_backbone = phase.name == "train" and not self.frozen_backbone
+        self.backbone.train(train_backbone)
         for parameter in self._trainable:
-            parameter.requires_grad_(slow)
-        config = self.config
+            parameter.requires_grad_(train_backbone)
         if phase.name == "statistics":
             return
+        self._drawn = None
         self._rows = self._head_rows(self._first(at) if phase.name == "train" else 0, self._ends[at.task])
         for rows in self._rows:
             rows.requires_grad_()
-        groups = [{"params": self._rows, "lr": config.lr if phase.name == "train" else config.ca_lr}]
-        if slow:
-            groups.append({"params": self._trainable, "lr": config.lr * config.backbone_scale})
-        self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        config = self.config
+        groups: list[dict[str, Any]] = [{"params": self._rows}]
+        if train_backbone:
+            groups.append({"params": self._trainable})
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
 
     def step(self, batch: Batch) -> Mapping[str, Tensor]:
-        if batch.phase.name == "statistics":
-            return self._collect(batch)
+        config = self.config
         if batch.phase.name == "train":
-            loss = self._slow_learner(batch)
-        else:
-            with torch.autocast(self.setting.device.type, enabled=False):
-                loss = self._alignment(batch.at)
-        assert self.optimizer is not None
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.optimizer.step()
-        return {"loss": loss.detach()}
+            rate = step_rate(config.lr, batch.epoch, config.milestone, config.gamma)
+            return self._update(self._slow_learner(batch), rate)
+        with torch.autocast(self.setting.device.type, enabled=False):  # Gaussians in full precision
+            if batch.phase.name == "statistics":
+                self._collect(batch)
+                return {}
+            epoch, index = divmod(batch.at.iteration, self._ends[batch.at.task])
+            rate = cosine_rate(config.ca_lr, epoch, config.ca_epochs)
+            return self._update(self._alignment(batch.at.task, epoch, index), rate)
 
     def end_phase(self, task: Task, phase: Phase, at: Cursor) -> None:
         self.optimizer = None
@@ -317,116 +304,92 @@ class SLCA(Method):
             self.recall_bias.copy_(self.classifier.bias)
         elif phase.name == "statistics":
             self._summarise(at)
-            self.task_features = self.task_columns = None
+            self.collected, self.collected_columns = self.collected[:0].clone(), self.collected_columns[:0].clone()
         else:
-            self._samples = self._order = self._drawn = None
+            self._samples = self._order = self.means[:0]
 
     # -- stage 1: slow learner ---------------------------------------------------------------------------------------
     def _slow_learner(self, batch: Batch) -> Tensor:
-        config, first = self.config, self._first(batch.at)
-        head, *backbone = self._groups()
-        head["lr"] = step_rate(config.lr, batch.epoch, config.milestone, config.gamma)
-        for group in backbone:
-            group["lr"] = head["lr"] * config.backbone_scale
-        logits = F.linear(self.features(batch.images, None), *self._rows)
-        return slow_learner_loss(logits, self._column[batch.targets] - first)
+        weight, bias = self._rows
+        logits = F.linear(self.features(batch.images, None), weight, bias)  # of the new classes alone
+        return slow_learner_loss(logits, self._column[batch.targets] - self._first(batch.at))
 
+    @torch.no_grad()
     def _recall(self) -> None:
-        """Put back the heads from before the last alignment; before the first task these are zeros like the heads."""
-        with torch.no_grad():
-            self.classifier.weight.copy_(self.recall_weight)
-            self.classifier.bias.copy_(self.recall_bias)
-
-    def _check(self, task: Task, at: Cursor) -> None:
-        """The head of a task has its own classes alone, and a class without rows has no mean."""
-        counts = torch.bincount(self._column.cpu()[task.targets.cpu()], minlength=len(self._column))
-        first, last = self._first(at), self._ends[at.task]
-        if int(counts[first:last].sum()) != len(task.targets):
-            raise InputError(
-                f"slca: task {at.task} of {self.setting.scenario_id} has rows of classes from other tasks; "
-                f"choose a scenario whose tasks have classes of their own"
-            )
-        if (empty := torch.nonzero(counts[first:last] == 0).flatten().tolist()) and self.config.align:
-            name = self.setting.classes.names[int(self._class_at[first + empty[0]])]
-            raise InputError(
-                f"slca: class {name!r} of task {at.task} of {self.setting.scenario_id} has no training row, so no "
-                f"mean; keep at least one (per_class, val_share), or set align=false"
-            )
+        """Put back the heads from before the last alignment (zeros, as they are, ahead of the first task)."""
+        self.classifier.weight.copy_(self.recall_weight)
+        self.classifier.bias.copy_(self.recall_bias)
 
     # -- class statistics --------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def _collect(self, batch: Batch) -> Mapping[str, Tensor]:
-        assert self.task_features is not None
-        assert self.task_columns is not None
-        cut = slice(batch.at.iteration * STATISTICS_BATCH, batch.at.iteration * STATISTICS_BATCH + len(batch.targets))
-        with torch.autocast(self.setting.device.type, enabled=False):
-            self.task_features[cut] = self.features(batch.images, None)
-        self.task_columns[cut] = self._column[batch.targets]
-        return {}
+    def _collect(self, batch: Batch) -> None:
+        start = batch.at.iteration * STATISTICS_BATCH
+        cut = slice(start, start + len(batch.targets))
+        self.collected[cut] = self.features(batch.images, None)
+        self.collected_columns[cut] = self._column[batch.targets]
 
     def _summarise(self, at: Cursor) -> None:
-        """Mean and factor of each new class from the collected features, once per class and run."""
-        assert self.task_features is not None
-        assert self.task_columns is not None
-        if not bool(torch.isfinite(self.task_features).all()):
-            raise RunFailed(f"slca: features of task {at.task} are not finite after training; lower lr or backbone_scale")
-        first, last = self._first(at), self._ends[at.task]
-        counts = torch.bincount(self.task_columns - first, minlength=last - first).tolist()
-        order = torch.argsort(self.task_columns, stable=True)
-        width = self.means.shape[1]
-        rank = min(max(counts), width)
-        low_rank = self.config.sampler == "lowrank" or (self.config.sampler == "auto" and 2 * rank <= width)
-        factors = self.task_features.new_zeros((last - first, rank if low_rank else width, width))
-        for i, rows in enumerate(order.split(counts)):
-            mean, factor = covariance_factor(self.task_features[rows], self.config.ridge, low_rank=low_rank)
+        """Mean and factor of each new class from the collected features; the only factorisation of the run."""
+        if not bool(torch.isfinite(self.collected).all()):
+            raise RunFailed(f"slca: features of task {at.task} are not finite: lower lr or backbone_scale")
+        first, num_new, width = self._first(at), self._sizes[at.task], self.means.shape[1]
+        counts = torch.bincount(self.collected_columns - first, minlength=num_new).tolist()
+        low_rank = self.config.sampler == "lowrank" and max(counts) < width
+        factors = self.collected.new_zeros((num_new, max(counts) if low_rank else width, width))
+        grouped = torch.split(torch.argsort(self.collected_columns, stable=True), counts)
+        for i, rows in enumerate(grouped):
+            mean, factor = covariance_factor(self.collected[rows], self.config.ridge, low_rank=low_rank)
             self.means[first + i] = mean
             factors[i, : len(factor)] = factor
         self.factors = [*self.factors, factors]
 
     # -- stage 2: classifier alignment -------------------------------------------------------------------------------
-    def _alignment(self, at: Cursor) -> Tensor:
+    def _alignment(self, task: int, epoch: int, index: int) -> Tensor:
+        """Loss on mini-batch `index` of an alignment epoch."""
+        if self._drawn != (task, epoch):  # a new epoch, or the first step behind a resume
+            self._samples, self._order = self._draw(task, epoch)
+            self._drawn = task, epoch
         size = self.config.ca_samples
-        epoch, inside = divmod(at.iteration, self._ends[at.task])
-        if self._drawn != (at.task, epoch):  # a new epoch, or the first step behind a resume
-            self._samples, self._order = self._draw(at.task, epoch)
-            self._drawn = at.task, epoch
-        assert self._samples is not None
-        assert self._order is not None
-        self._groups()[0]["lr"] = cosine_rate(self.config.ca_lr, epoch, self.config.ca_epochs)
-        rows = self._order[inside * size : (inside + 1) * size]
-        logits = F.linear(self._samples[rows], *self._rows)
-        targets = torch.div(rows, size, rounding_mode="floor")
-        return alignment_loss(logits, targets, self._sizes[: at.task + 1], self.config.temperature)
+        rows = self._order[index * size : (index + 1) * size]
+        weight, bias = self._rows
+        logits = F.linear(self._samples[rows], weight, bias)
+        return alignment_loss(logits, rows // size, self._sizes[: task + 1], self.config.temperature)
 
     def _draw(self, task: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Samples (K * S, D), S of each seen class in column order, and the order (K * S,) in which they are used."""
         sizes, dtype = self._sizes[: task + 1], self.classifier.weight.dtype
-        means = self.means[: self._ends[task]]
-        if self.config.shrink_means:
-            scale = mean_shrink(sizes, self.config.official_task_index)
-            means = means * torch.tensor(scale, dtype=means.dtype, device=means.device)[:, None]
+        means = (self.means[: self._ends[task]] * self._mean_scale(task)[:, None]).to(dtype)
         noise, order = self._noise(task, epoch)
         samples = [
-            sample_features(*inputs, self.config.ridge)
-            for inputs in zip(means.to(dtype).split(sizes), self.factors, noise, strict=True)
+            sample_features(mean, factor, z, self.config.ridge)
+            for mean, factor, z in zip(torch.split(means, sizes), self.factors, noise, strict=True)
         ]
         return torch.cat(samples).flatten(0, 1), order
 
+    def _mean_scale(self, task: int) -> Tensor:
+        """(K,) float64."""
+        num_seen = self._ends[task]
+        if not self.config.shrink_means:
+            return self.means.new_ones(num_seen)
+        tasks = self._task_of[:num_seen]
+        if self.config.official_task_index:
+            tasks = torch.arange(num_seen, device=tasks.device) // self._sizes[task]
+        return mean_shrink(tasks, task + 1)
+
     def _noise(self, task: int, epoch: int) -> tuple[list[Tensor], Tensor]:
-        """All that is drawn for an alignment epoch: for each task normal numbers (c, S, r) or, for low-rank factors,
-        (c, S, r + D), and a permutation of K * S rows."""
-        rng = self.setting.rng("slca-align", task, epoch)
-        size, device = self.config.ca_samples, self.setting.device
+        """All that is random in an alignment epoch: for each task the noise that `sample_features` takes, and a
+        permutation of the K * S samples."""
+        rng, size = self.setting.rng("slca-align", task, epoch), self.config.ca_samples
         noise = []
         for factors in self.factors:
             classes, rank, width = factors.shape
-            drawn = rank if rank == width else rank + width
-            noise.append(torch.randn((classes, size, drawn), generator=rng, dtype=factors.dtype, device=device))
-        return noise, torch.randperm(self._ends[task] * size, generator=rng, device=device)
+            shape = (classes, size, width if rank == width else rank + width)
+            noise.append(torch.randn(shape, generator=rng, dtype=factors.dtype, device=factors.device))
+        return noise, torch.randperm(self._ends[task] * size, generator=rng, device=self.means.device)
 
     # -- answers -----------------------------------------------------------------------------------------------------
     def classify(self, features: Tensor, allowed: Tensor, task: int | None) -> Tensor:
-        """Raw logits of the live heads, which are aligned from a task's alignment to the next task's training."""
+        """Raw logits of the live heads: aligned ones from a task's alignment on until the next task begins."""
         weight, bias = self.classifier.weight, self.classifier.bias
         return F.linear(features.to(weight.dtype), weight, bias).index_select(1, self._column)
 
@@ -439,13 +402,25 @@ class SLCA(Method):
         return 0 if self.frozen_backbone else self.backbone_version
 
     def memory_bytes(self) -> dict[str, int]:
+        if not self.config.align:
+            return {}
         return {
-            "class_means": self._ends_seen() * self.means[0].nbytes,
+            "class_means": sum(len(factors) for factors in self.factors) * self.means[0].nbytes,
             "class_covariances": sum(factors.nbytes for factors in self.factors),
-            "heads_before_alignment": self.recall_weight.nbytes + self.recall_bias.nbytes if self.config.align else 0,
+            "heads_before_alignment": self.recall_weight.nbytes + self.recall_bias.nbytes,
         }
 
     # -- inside ------------------------------------------------------------------------------------------------------
+    def _update(self, loss: Tensor, rate: float) -> Mapping[str, Tensor]:
+        """One optimiser step: `rate` for the head, scaled for the backbone."""
+        assert self.optimizer is not None
+        for group, scale in zip(self.optimizer.param_groups, (1.0, self.config.backbone_scale), strict=False):
+            group["lr"] = rate * scale
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
     def _first(self, at: Cursor) -> int:
         """Column of the first class of the current task."""
         return self._ends[at.task] - self._sizes[at.task]
@@ -453,3 +428,37 @@ class SLCA(Method):
     def _head_rows(self, first: int, last: int) -> list[Tensor]:
         """Rows `first..last-1` of weight and bias as tensors of their own over the same memory."""
         return [p.detach()[first:last] for p in (self.classifier.weight, self.classifier.bias)]
+
+    def _check_rows(self, task: Task, at: Cursor) -> None:
+        """Refuse what would give NaN: a target outside the task's head, a class without rows, hence without mean."""
+        where = f"task {at.task} of {self.setting.scenario_id}"
+        first, last = self._first(at), self._ends[at.task]
+        counts = torch.bincount(self._column[task.targets.to(self._column.device)], minlength=last)[first:last].tolist()
+        if sum(counts) != len(task.targets):
+            raise InputError(
+                f"slca gives each task a head of its own, but {where} has rows of other tasks' classes: "
+                f"choose a scenario whose tasks do not share classes"
+            )
+        if self.config.align and 0 in counts:
+            name = self.setting.classes.names[int(self._class_at[first + counts.index(0)])]
+            raise InputError(
+                f"slca needs a training row of every class for its mean, but {where} has none of class {name!r}: "
+                f"keep at least one (scenario parameters per_class, val_share), or set align=false"
+            )
+
+
+def _own_classes(setting: Setting) -> list[list[int]]:
+    """Class ids of each task; refuses scenarios that SLCA is not made for."""
+    where = f"scenario {setting.scenario_id}"
+    if setting.online:
+        raise InputError(f"slca reads each task several times, but {where} is online: choose one with epochs")
+    tasks: list[list[int]] = [classes.tolist() for classes in setting.task_classes]
+    if not all(tasks) or len({c for classes in tasks for c in classes}) != sum(map(len, tasks)):
+        raise InputError(
+            f"slca gives each task a head of its own, but a task of {where} brings no new class or a class of an "
+            f"earlier task: choose a scenario whose tasks do not share classes"
+        )
+    return tasks
+
+
+METHOD = SLCA

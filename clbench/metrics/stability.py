@@ -80,8 +80,8 @@ def minima(curve: Curve) -> Minima:
         if np.isfinite(values).any():
             at = int(np.nanargmin(values))
             found.append((group, values[at], curve.steps[behind][at]))
-    group_, lowest, step = zip(*found, strict=True) if found else ((), (), ())
-    return Minima(np.array(group_, np.int64), np.array(lowest, np.float64), np.array(step, np.int64))
+    table = np.array(found, np.float64).reshape(-1, 3)
+    return Minima(table[:, 0].astype(np.int64), table[:, 1], table[:, 2].astype(np.int64))
 
 
 def min_accuracy(curve: Curve) -> Estimate | None:
@@ -102,7 +102,7 @@ def worst_case_trace(curve: Curve) -> FloatArray:
 
 
 def worst_case_accuracy(curve: Curve) -> Estimate | None:
-    """The last defined value of `worst_case_trace`; None for a single task, where there is no worst case to speak of."""
+    """The last defined value of `worst_case_trace`; None for a single task, where there is no worst case yet."""
     if curve.num_tasks < 2:
         return None
     defined = np.flatnonzero(np.isfinite(worst_case_trace(curve)))
@@ -135,9 +135,8 @@ def dips(curve: Curve) -> Dips:
         else:
             recovery = float(steps[at + back[0]] - curve.task_ends[task]) if len(back) else np.nan
         found.append((group, before, values[at], steps[at], recovery))
-    columns = zip(*found, strict=True) if found else ((),) * 5
-    kinds = (np.int64, np.float64, np.float64, np.int64, np.float64)
-    return Dips(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+    table = np.array(found, np.float64).reshape(-1, 5)
+    return Dips(table[:, 0].astype(np.int64), table[:, 1], table[:, 2], table[:, 3].astype(np.int64), table[:, 4])
 
 
 def stability_gap(curve: Curve) -> tuple[Estimate, float] | None:
@@ -191,7 +190,7 @@ def windowed_plasticity(curve: Curve, window: int) -> FloatArray:
 
 
 def learning_curve_area(curve: Curve, beta: int = 10) -> float | None:
-    """LCA: mean of a group's first `beta` evaluations in its own task (the one before the first update too, where it was
+    """LCA: mean of a group's first `beta` evaluations in its own task (the one before the first update too, if it was
     made), then mean over the groups that have that many."""
     means = []
     for group, task in enumerate(curve.group_task.tolist()):

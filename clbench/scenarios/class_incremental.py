@@ -198,25 +198,23 @@ class Pool(NamedTuple):
 def choose_rows(targets: Ints, rows: Ints, params: Params, names: Sequence[str], where: str) -> Pool:
     """Cap the training `rows` per class and carve the validation rows out, both by the row's own random key.
 
-    A class keeps n = min(its rows, per_class), of which floor(n * val_share + 1/2) are for validation.
+    A class keeps n = min(its rows, per_class), of which floor(n * val_share + 1/2), but at least one, are
+    for validation.
     """
     counts = np.bincount(targets[rows], minlength=len(names))
     require_rows(counts, names, "training", where)
     if params.per_class is None and params.val_share == 0:
         return Pool(rows, rows[:0])
     kept = counts if params.per_class is None else np.minimum(counts, params.per_class)
-    num_val = np.floor(kept * params.val_share + 0.5).astype(np.int64)
-    if params.val_share > 0 and (num_val >= kept).any():
+    num_val = np.zeros_like(kept)
+    if params.val_share > 0:
+        num_val = np.maximum(np.floor(kept * params.val_share + 0.5), 1).astype(np.int64)
         worst = int((num_val - kept).argmax())
-        raise InputError(
-            f"{where}: val_share={params.val_share} leaves no training rows of class {names[worst]!r}, which has "
-            f"{kept[worst]}; lower val_share or raise per_class"
-        )
-    if params.val_share > 0 and not num_val.any():
-        raise InputError(
-            f"{where}: val_share={params.val_share} of at most {kept.max()} rows per class gives no validation rows; "
-            f"raise val_share or per_class"
-        )
+        if num_val[worst] >= kept[worst]:
+            raise InputError(
+                f"{where}: val_share={params.val_share} leaves no training rows of class {names[worst]!r}, which has "
+                f"{kept[worst]}; lower val_share or raise per_class"
+            )
     keys = row_keys(params.subset_seed, "subset", len(targets))
     rows = rows[np.lexsort((keys[rows], targets[rows]))]  # class by class, in random order inside
     target = targets[rows]

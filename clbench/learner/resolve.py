@@ -1,0 +1,341 @@
+"""Look up everything a run needs, before anything starts: method, data, scenario, backbone, hyperparameters, sizes.
+
+Precedence is one rule everywhere: the scenario's or field's default < the paper's recipe for (method, scenario) < what the
+user gave. The source of each value is kept beside it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clbench import backbones, data, scenarios
+from clbench.data.reader import Reader
+from clbench.data.store import ImageStore
+from clbench.errors import InputError, unknown_name
+from clbench.evaluator import Evaluator, Schedule, fit_schedule
+from clbench.evaluator.evaluator import Mask
+from clbench.learner.spec import RunSpec
+from clbench.methods import registry
+from clbench.methods.base import Method, Setting
+from clbench.methods.config import make_config
+from clbench.rng import derive_seed, generator
+from clbench.scenarios.model import Scenario
+from clbench.stream import Plan, Stream
+
+__all__ = ["Resolved", "resolve"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value and where it came from: `--option`, `recipe: ...`, `scenario`, `default`."""
+
+    value: Any
+    source: str
+
+
+@dataclass
+class Resolved:
+    """A run with everything found. `document` is what `spec.json` holds: every value with its source.
+
+    identity: the part of it that decides the result; its hash is the run id.
+    """
+
+    spec: RunSpec
+    found: registry.FoundMethod
+    scenario: Scenario
+    store: ImageStore
+    reader: Reader
+    backbone: nn.Module
+    config: Any
+    device: torch.device
+    mask: Mask
+    stream: Stream
+    method: Method
+    plans: list[list[Plan]]
+    schedule: Schedule
+    per_group: int
+    identity: dict[str, Any]
+    document: dict[str, Any]
+
+    def evaluator(self) -> Evaluator:
+        """A fresh evaluator, its table large enough for the whole run."""
+        steps = [sum(plan.steps for plan in plans) for plans in self.plans]
+        return Evaluator(
+            self.scenario,
+            self.reader,
+            view=self.method.view,
+            mask=self.mask,
+            per_group=self.per_group,
+            slots=1 + sum(self.schedule.count(n) + 1 for n in steps),
+            seed=self.spec.seed,
+            device=self.device,
+        )
+
+    def feature_rows(self) -> Tensor:
+        """Sorted store rows that the scenario uses: what the features of a frozen backbone are needed for."""
+        parts = [task.rows for task in self.scenario.tasks] + [group.rows for group in self.scenario.groups]
+        parts += [task.val[0] for task in self.scenario.tasks if task.val is not None]
+        return torch.cat(parts).unique()
+
+
+def resolve(spec: RunSpec) -> Resolved:
+    """Find everything `spec` names. Nothing is written but data caches. Raises InputError for whatever can't be used."""
+    device = find_device(spec.device)
+    found = registry.find(spec.method)
+    preset = scenarios.find(spec.scenario).with_params(spec.scenario_params)
+    recipe = registry.find_recipe(found, preset.id)
+    stores = [data.load(name, roots=spec.data, order=preset.row_order) for name in preset.datasets]
+    order_seed = spec.seed if spec.order_seed is None else spec.order_seed
+    scenario = scenarios.build(preset, [store.table() for store in stores], order_seed)
+    store = single_store(stores, preset.id).to(device)
+    check_setting(found, scenario)
+
+    config, hyperparameters = make_config(
+        found.cls.Config,
+        {**({f"recipe: {recipe.source}": recipe.set} if recipe else {}), "--set": spec.set},
+        f"method {found.id}",
+    )
+    options = run_options(spec, recipe, scenario, found.cls)
+    views = {"train": options["train_view"].value, "test": options["test_view"].value}
+
+    name, backbone_options, weights = backbone_choice(spec, recipe, store, found)
+    network = backbones.build(
+        name.value, in_shape=input_shape(store, views["test"]), seed=spec.seed, weights=spec.weights,
+        options=backbone_options.value,
+    )  # fmt: skip
+    contaminated = check_contamination(network, store, name.value, spec.allow_contamination)
+    fingerprint = str(network.fingerprint)
+    if "native" in views.values():
+        if network.native_view is None:
+            raise InputError(f"backbone {name.value} has no native view; give --train-view and --test-view")
+        views = {key: str(network.native_view) if text == "native" else text for key, text in views.items()}
+    reader = Reader(store, views, scenario.domains)
+
+    stream = Stream(
+        scenario, reader, seed=spec.seed, device=device,
+        batch_size=options["batch_size"].value, epochs=options["epochs"].value,
+    )  # fmt: skip
+    method = make_method(found, config, network.to(device), scenario, store, reader, stream, device)
+    mask: Mask = "task" if scenario.setting == "task" else options["mask"].value
+    plans = [
+        [stream.plan(index, phase, number) for number, phase in enumerate(method.phases(task, index))]
+        for index, task in enumerate(scenario.tasks)
+    ]
+    per_group = options["eval_per_group"].value
+    schedule, schedule_source = make_schedule(spec, scenario, plans, per_group)
+    identity = {
+        "method": found.id,
+        "method_file": found.digest,
+        "hyperparameters": {key: entry["value"] for key, entry in hyperparameters.items()},
+        "scenario": scenario.id,
+        "scenario_fingerprint": scenario.fingerprint,
+        "data_fingerprint": store.fingerprint,
+        "seed": spec.seed,
+        "order_seed": order_seed,
+        "backbone": name.value,
+        "backbone_options": dict(backbone_options.value),
+        "backbone_fingerprint": fingerprint,
+        "train_view": views["train"],
+        "test_view": views["test"],
+        "batch_size": stream.batch_size,
+        "epochs": stream.epochs,
+        "updates_per_batch": stream.updates,
+        "mask": mask,
+        "eval_every": schedule.every,
+        "eval_dense": schedule.dense,
+        "eval_per_group": per_group,
+        "precision": spec.precision,
+        "device_type": device.type,
+    }
+    document = {
+        **identity,
+        "hyperparameters": hyperparameters,
+        "setting": scenario.setting,
+        "scenario_params": {key: plain(value) for key, value in scenario.params.items()},
+        "datasets": list(scenario.datasets),
+        "num_tasks": len(scenario.tasks),
+        "num_classes": scenario.num_classes,
+        "weights": spec.weights.name if spec.weights else None,
+        "pretrained_on": list(network.pretrained_on),
+        "contaminated": contaminated,
+        "recipe": recipe.source if recipe else None,
+        "sources": {
+            "backbone": name.source,
+            "weights": weights,
+            "backbone_options": backbone_options.source,
+            "eval_every": schedule_source,
+            **{key: choice.source for key, choice in options.items()},
+        },
+    }
+    return Resolved(
+        spec, found, scenario, store, reader, network, config, device, mask, stream, method, plans, schedule, per_group,
+        identity, document,
+    )  # fmt: skip
+
+
+def find_device(name: str) -> torch.device:
+    """`auto`: CUDA if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown_name("device", name, ["auto", "cpu", "cuda"]) from None
+    if device.type not in ("cpu", "cuda"):
+        raise unknown_name("device", name, ["auto", "cpu", "cuda"])
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name} is not there (CUDA devices found: {torch.cuda.device_count()}); use --device cpu or auto"
+        )
+    return device
+
+
+def single_store(stores: list[ImageStore], scenario_id: str) -> ImageStore:
+    """The one store of a scenario."""
+    if len(stores) != 1:
+        raise InputError(f"scenario {scenario_id} uses {len(stores)} data sets; streams over several are not supported yet")
+    return stores[0]
+
+
+def check_setting(found: registry.FoundMethod, scenario: Scenario) -> None:
+    """Refuse a method in a setting it does not support."""
+    if scenario.setting not in found.cls.settings:
+        raise InputError(
+            f"method {found.id} works in the {' and '.join(sorted(found.cls.settings))}-incremental setting, but scenario "
+            f"{scenario.id} is {scenario.setting}-incremental; choose another scenario or method"
+        )
+
+
+def run_options(
+    spec: RunSpec, recipe: registry.Recipe | None, scenario: Scenario, method: type[Method]
+) -> dict[str, Choice]:
+    """Views, sizes and mask, each with its source."""
+    defaults = scenario.defaults
+    given = {
+        "train_view": (spec.train_view, defaults.train_view),
+        "test_view": (spec.test_view, defaults.test_view),
+        "batch_size": (spec.batch_size, defaults.batch_size),
+        "epochs": (spec.epochs, defaults.epochs),
+        "eval_per_group": (spec.eval_per_group, defaults.eval_per_group),
+        "mask": (spec.mask, None),
+    }
+    recipe_run = recipe.run if recipe else {}
+    for key in recipe_run:
+        if key not in given:
+            raise unknown_name(f"key in [recipe.run] of {recipe.source if recipe else ''}", key, given)
+    if scenario.online and spec.epochs not in (None, 1):
+        raise InputError(f"scenario {scenario.id} is online: its samples come once; leave --epochs out")
+    out = {}
+    for key, (value, default) in given.items():
+        if value is not None:
+            out[key] = Choice(value, f"--{key.replace('_', '-')}")
+        elif key in recipe_run:
+            out[key] = Choice(recipe_run[key], f"recipe: {recipe.source if recipe else ''}")
+        elif key == "mask":
+            out[key] = Choice(method.mask, "method")
+        else:
+            out[key] = Choice(default, "scenario")
+    return out
+
+
+def backbone_choice(
+    spec: RunSpec, recipe: registry.Recipe | None, store: ImageStore, found: registry.FoundMethod
+) -> tuple[Choice, Choice, str]:
+    """Name and options of the backbone, and where its weights come from."""
+    if spec.backbone is not None:
+        name = Choice(spec.backbone, "--backbone")
+        options = Choice(dict(spec.backbone_options), "--backbone-set")
+    elif recipe is not None and recipe.backbone is not None:
+        name = Choice(recipe.backbone, f"recipe: {recipe.source}")
+        options = Choice({**(recipe.backbone_options or {}), **spec.backbone_options}, name.source)
+    else:
+        channels, height, width = store.image_shape
+        small = channels == 1 and height * width <= 28 * 28
+        frozen = found.cls.frozen_backbone is True
+        default = ("flatten" if frozen else "mlp") if small else "reduced-resnet18"
+        name = Choice(default, "default for images of this size")
+        options = Choice(dict(spec.backbone_options), "--backbone-set")
+    return name, options, "--weights" if spec.weights else "backbone"
+
+
+def input_shape(store: ImageStore, test_view: str) -> tuple[int, int, int]:
+    """(C, H, W) that the backbone gets; for the view `native`, which it decides itself, the stored shape."""
+    if test_view == "native":
+        return store.image_shape
+    channels, height, width = data.parse_view(test_view).output_shape(store.image_shape)
+    return channels, height, width
+
+
+def check_contamination(network: nn.Module, store: ImageStore, name: str, allowed: bool) -> str | None:
+    """Refuse a backbone that was pretrained on the scenario's images; with --allow-contamination say so in the record."""
+    problem = backbones.guard(tuple(network.pretrained_on), store.images_of)
+    if problem and not allowed:
+        raise InputError(f"backbone {name} on {store.name}: {problem}; choose another, or mark the run by --allow-contamination")
+    return problem
+
+
+def make_method(
+    found: registry.FoundMethod, config: Any, network: nn.Module, scenario: Scenario, store: ImageStore, reader: Reader,
+    stream: Stream, device: torch.device,
+) -> Method:  # fmt: skip
+    """Construct the method; its initial draws depend on the run's seed alone."""
+
+    def rng(purpose: str, *keys: int | str) -> torch.Generator:
+        return generator(stream.seed, f"method/{purpose}", *keys, device=device)
+
+    setting = Setting(
+        classes=scenario.classes,
+        classes_per_task=tuple(len(task.classes) for task in scenario.tasks),
+        task_classes=tuple(task.classes for task in scenario.tasks),
+        image_shape=tuple(reader.output_shape("train")),
+        image_bytes=store.images[0].numel(),
+        device=device,
+        scenario_id=scenario.id,
+        setting=scenario.setting,
+        online=scenario.online,
+        epochs=stream.epochs,
+        batch_size=stream.batch_size,
+        updates_per_batch=stream.updates,
+        prompts=scenario.prompts,
+        read=reader,
+        rng=rng,
+    )
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derive_seed(stream.seed, "init"))
+        method = found.cls(config, network, setting)
+        for module in method.modules():
+            module.to(device)
+    return method
+
+
+def make_schedule(
+    spec: RunSpec, scenario: Scenario, plans: list[list[Plan]], per_group: int
+) -> tuple[Schedule, str]:
+    """`--eval-every`, else the scenario's schedule, cut so that evaluation costs no more than training."""
+    if spec.eval_every is not None:
+        return Schedule(spec.eval_every, 0), "--eval-every"
+    defaults = scenario.defaults
+    steps = [sum(plan.steps for plan in task) for task in plans]
+    images = [sum(plan.steps * min(plan.batch_size, len(plan.rows)) for plan in task) for task in plans]
+    unlocked = [
+        [g for g in scenario.groups if (g.task is None or g.task <= index)] for index in range(len(scenario.tasks))
+    ]
+    tested = [sum(min(len(g.rows), per_group) for g in groups) for groups in unlocked]
+    fitted = fit_schedule(steps, images, tested, defaults.eval_dense)
+    if defaults.eval_every is not None and defaults.eval_every >= fitted.every:
+        return Schedule(defaults.eval_every, defaults.eval_dense), "scenario"
+    return fitted, "scenario, as dense as training's cost allows"
+
+
+def plain(value: Any) -> Any:
+    """JSON-able form of a scenario parameter."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+

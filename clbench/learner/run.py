@@ -1,0 +1,262 @@
+"""From a specification to a finished run record: resume what is unfinished, show what is done, lose nothing."""
+
+import contextlib
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from clbench.backbones.features import FeatureBank
+from clbench.errors import RunFailed
+from clbench.learner.learner import Interrupted, Learner, Progress
+from clbench.learner.resolve import Resolved
+from clbench.methods.base import Method
+from clbench.metrics import Curve, summarise
+from clbench.store.record import RunRecord, run_id
+
+__all__ = ["RunResult", "attach_features", "make_learner", "run", "run_folder", "weights_digest"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run's record lies and what it says. `status`: `done` now, or `found` (it had been done before)."""
+
+    path: Path
+    summary: dict[str, Any]
+    status: str
+
+
+def run_folder(resolved: Resolved) -> Path:
+    """`<out>/<scenario>/<method>/<run_id>`."""
+    scenario, method = resolved.scenario.id, resolved.found.id
+    return resolved.spec.out / scenario / method / run_id(resolved.identity)
+
+
+def run(resolved: Resolved, progress: Progress | None = None, *, fresh: bool = False) -> RunResult:
+    """Run, or resume, or show. `fresh` starts anew beside an earlier record.
+
+    Raises RunFailed (NaN loss, full disk, record in use) and KeyboardInterrupt (checkpoint saved).
+    """
+    path = run_folder(resolved)
+    if fresh:
+        path = next_free(path)
+    record = RunRecord(path)
+    if record.is_done():
+        return RunResult(path, record.read_summary(), "found")
+    spec = resolved.spec
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    with record.lock(), exact_arithmetic(resolved), stop_signals() as stopped:
+        record.create(resolved.document)
+        record.append_env(device=resolved.device)
+        begin = time.perf_counter()
+        if resolved.method.view == "features":
+            attach_features(resolved, progress)
+        extracting = time.perf_counter() - begin
+        learner = make_learner(resolved, save=record.save_checkpoint, progress=progress, stop=stopped)
+        saved = record.load_checkpoint()
+        if saved is not None:
+            learner.load_state_dict(saved)
+        try:
+            with torch.random.fork_rng([resolved.device] if resolved.device.type == "cuda" else []):
+                learner.run()
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(f"out of memory on {resolved.device}: lower --batch-size or --eval-per-group ({error})") from error
+        learner.times["extract_s"] = learner.times.get("extract_s", 0.0) + extracting
+        summary = write_record(resolved, record, learner)
+        record.finish(keep_checkpoint=spec.keep_checkpoint)
+    return RunResult(path, summary, "done")
+
+
+def make_learner(
+    resolved: Resolved,
+    *,
+    save: Callable[[dict[str, Any]], None] = lambda state: None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Learner:
+    """The learner of a resolved run; checkpoints go to `save`."""
+    spec = resolved.spec
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        if spec.precision == "bf16":
+            return torch.autocast(resolved.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    return Learner(
+        resolved.scenario, resolved.stream, resolved.method, resolved.evaluator(), resolved.schedule,
+        save=save,
+        checkpoint_steps=spec.checkpoint_every,
+        before_training=resolved.mask != "seen",
+        autocast=autocast, progress=progress, stop=stop,
+    )  # fmt: skip
+
+
+def attach_features(resolved: Resolved, progress: Progress | None) -> None:
+    """Extract the frozen backbone's features of all rows of the scenario, once; later runs find them in the cache."""
+    reader, store = resolved.reader, resolved.store
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        return reader(rows.to(resolved.device), None, "test")
+
+    bank = FeatureBank(
+        resolved.backbone, read, resolved.feature_rows(),
+        key_parts={
+            "backbone": resolved.identity["backbone_fingerprint"],
+            "view": resolved.identity["test_view"],
+            "store": store.fingerprint,
+            "precision": resolved.spec.precision,
+        },
+        device=resolved.device,
+    )  # fmt: skip
+    bank.extract(None if progress is None else lambda done, total: progress.stage("extracting features", done, total))
+    reader.features = bank
+
+
+def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dict[str, Any]:
+    """Write curve, matrix, losses, predictions and summary; returns the summary."""
+    scenario, evaluator = resolved.scenario, learner.evaluator
+    sizes = np.array([len(group.rows) for group in scenario.groups])
+    group_task = np.array([-1 if group.task is None else group.task for group in scenario.groups])
+    names = [group.name for group in scenario.groups]
+    drained = evaluator.drain()
+    points = np.array(drained["points"], dtype=np.int64).reshape(-1, 3)
+    curve = Curve.of(
+        steps=points[:, 0], task=points[:, 1], phase=points[:, 2], hits=drained["hits"], totals=drained["totals"],
+        valid=drained["valid"], groups=names, group_task=group_task,
+        task_ends=[*learner.task_starts[1:], learner.at.step],
+    )  # fmt: skip
+    rows = {after: hits.numpy() / np.maximum(sizes, 1) for after, hits in learner.matrix}
+    matrix = np.stack([rows[index] for index in range(len(scenario.tasks))])
+    metrics = summarise(
+        matrix, group_task=group_task, sizes=sizes, setting=scenario.setting, mask=resolved.mask, before=rows.get(-1),
+        curve=curve,
+    )  # fmt: skip
+    phase_names = [[plan.phase.name for plan in plans] for plans in resolved.plans]
+    record.write_curve(curve, phase_names)
+    record.write_matrix(matrix, names, before=rows.get(-1))
+    record.write_losses(*learner.losses.table(), learner.losses.names)
+    targets = torch.cat([group.targets for group in scenario.groups]).numpy()
+    test_rows = torch.cat([group.rows for group in scenario.groups]).numpy()
+    record.write_predictions(test_rows, targets, torch.stack(learner.predictions).numpy())
+    if resolved.spec.keep_weights:
+        record.write_weights(weights_of(resolved.method))
+    parameters = {id(p): p.numel() for module in resolved.method.modules() for p in module.parameters()}
+    summary = {
+        **metrics,
+        "steps": learner.at.step,
+        "images_trained": learner.images_trained,
+        "times": {key: round(value, 4) for key, value in learner.times.items()},
+        "num_parameters": sum(parameters.values()),
+        "memory_bytes": resolved.method.memory_bytes(),
+        "peak_memory_bytes": peak_memory(resolved.device),
+        "forward_flops_per_image": forward_flops(resolved),
+        "evaluations": len(points),
+        "weights_sha256": weights_digest(resolved.method),
+    }
+    record.write_summary(summary)
+    return summary
+
+
+def weights_of(method: Method) -> dict[str, torch.Tensor]:
+    """Deployed weights by module attribute and parameter name."""
+    with method.deployed():
+        return {
+            f"{attribute}.{key}": value.detach().cpu().contiguous().clone()
+            for attribute, module in vars(method).items()
+            if isinstance(module, nn.Module)
+            for key, value in module.state_dict().items()
+        }
+
+
+def weights_digest(method: Method) -> str:
+    """sha256 over the deployed weights, to compare runs bit by bit."""
+    digest = sha256()
+    for name, value in sorted(weights_of(method).items()):
+        digest.update(name.encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this process, bytes: on the GPU if it ran there, else resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forward_flops(resolved: Resolved) -> int:
+    """Floating-point operations (2 per multiply-add) of the backbone on one image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = resolved.reader.output_shape("test")
+    network = resolved.backbone
+    mode = network.training
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network.eval()(torch.zeros((1, *shape), device=resolved.device))
+    network.train(mode)
+    return int(counter.get_total_flops())
+
+
+@contextlib.contextmanager
+def exact_arithmetic(resolved: Resolved) -> Iterator[None]:
+    """Full fp32 and deterministic kernels on a GPU, so that a resumed run is the same to the bit."""
+    if resolved.device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a polite stop behind the current step; a second one acts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop.is_set
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def next_free(path: Path) -> Path:
+    """`path`, or `path-2`, `path-3` ...: the first that does not exist."""
+    if not path.exists():
+        return path
+    number = 2
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}-{number}")

@@ -1,0 +1,74 @@
+"""All metrics of a run, under the keys of `summary.json` (see `registry.toml` for what each one is)."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from clbench.metrics import accuracy_matrix as matrix_metrics
+from clbench.metrics import stability
+from clbench.metrics.curve import Curve, FloatArray
+from clbench.metrics.registry import list_metrics
+
+__all__ = ["summarise"]
+
+
+def summarise(
+    matrix: ArrayLike,
+    *,
+    group_task: ArrayLike,
+    sizes: ArrayLike,
+    setting: Literal["class", "task", "domain"],
+    mask: Literal["seen", "all", "task"],
+    before: ArrayLike | None = None,
+    curve: Curve | None = None,
+) -> dict[str, float | None]:
+    """Return every metric of the registry, plus `<key>_se` where a sampling error belongs to it; None if undefined.
+
+    matrix: (K, G) fractions on full test sets.  group_task, sizes: (G,) task and number of test rows of each group.
+    setting: in `class` final and average incremental accuracy are top-1 on the pooled test sets, else means over tasks.
+    mask: what answers were taken over; with `seen` a future task scores 0 by construction, so transfers to it are None.
+    before: (G,) fractions before any training, or None if that was not measured.  curve: None if it was not recorded.
+    """
+    pooled = sizes if setting == "class" else None
+    out: dict[str, float | None] = {key: None for metric in list_metrics() for key in metric.keys}
+    out["final_accuracy"] = matrix_metrics.final_accuracy(matrix, group_task, pooled)
+    out["average_incremental_accuracy"] = matrix_metrics.average_incremental_accuracy(matrix, group_task, pooled)
+    out["forgetting"] = matrix_metrics.forgetting(matrix, group_task)
+    out["backward_transfer"] = matrix_metrics.backward_transfer(matrix, group_task)
+    out["a_last"] = matrix_metrics.final_accuracy(matrix, group_task, sizes)
+    out["last"] = matrix_metrics.final_accuracy(matrix, group_task)
+    if mask != "seen":
+        out["transfer"] = matrix_metrics.zero_shot_transfer(matrix, group_task)
+        out["avg"] = matrix_metrics.matrix_average(matrix)
+        if before is not None:
+            out["forward_transfer"] = matrix_metrics.forward_transfer(matrix, before, group_task)
+    if curve is not None:
+        out |= _of_curve(curve)
+    return out
+
+
+def _of_curve(curve: Curve) -> dict[str, float | None]:
+    out: dict[str, float | None] = {}
+    gap = stability.stability_gap(curve)
+    estimates = {
+        "min_accuracy": stability.min_accuracy(curve),
+        "worst_case_accuracy": stability.worst_case_accuracy(curve),
+        "stability_gap": None if gap is None else gap[0],
+    }
+    for key, estimate in estimates.items():
+        out[key], out[f"{key}_se"] = (None, None) if estimate is None else estimate
+    if gap is not None:
+        out["stability_gap_max"] = gap[1]
+        out["recovery_iterations"], out["recovery_missing"] = stability.recovery(curve)
+    for window in (10, 100):
+        out[f"wf_{window}"] = _mean(stability.windowed_forgetting(curve, window))
+        out[f"wp_{window}"] = _mean(stability.windowed_plasticity(curve, window))
+    out["lca"] = stability.learning_curve_area(curve)
+    out["a_auc"] = stability.area_under_curve(curve)
+    return out
+
+
+def _mean(values: FloatArray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else None

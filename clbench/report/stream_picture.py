@@ -1,0 +1,159 @@
+"""A picture of a scenario's stream: which classes come when, and what they are tested on.
+
+Left: classes downwards, stream position to the right, darker where a class makes up more of the stream. A class has the
+colour of the task that introduces it, so rehearsal and blurry boundaries show as old colours in later tasks; in the
+`domain` setting, where tasks share their classes, it has the colour of the task it is seen in. Right: for each test
+group the classes tested (coloured) among those that an answer may come from (grey). Readable without colours: those of
+neighbouring tasks differ in lightness, and task switches are lines.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clbench.scenarios.describe import class_rows
+from clbench.scenarios.model import Scenario
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "task_colours"]
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+MAX_BINS = 400  # columns of the left panel: wide enough to be seen, narrow enough to hold several rows of each class
+MAX_NAMES = 40  # beyond so many classes their names cannot be read, and ids are shown
+LINE = "0.25"
+
+
+def draw(scenario: Scenario, path: Path) -> Path:
+    """Write the picture of `scenario` as a PNG file to `path` and return it."""
+    from clbench.store.atomic import write_bytes
+
+    data = io.BytesIO()
+    picture(scenario).savefig(data, format="png", dpi=120)
+    write_bytes(path, data.getvalue())
+    return path
+
+
+def task_colours(num_tasks: int) -> Floats:
+    """(K, 3) RGB in [0, 1]: hues run once round the circle, lightness alternates, so that neighbours differ in grey."""
+    from matplotlib.colors import hsv_to_rgb
+
+    index = np.arange(num_tasks)
+    hue = (0.58 + 0.83 * index / max(num_tasks, 1)) % 1
+    colours: Floats = hsv_to_rgb(np.stack([hue, np.full(num_tasks, 0.75), np.ones(num_tasks)], axis=1))
+    luminance = (colours**2.2) @ [0.2126, 0.7152, 0.0722]
+    wanted = np.where(index % 2 == 0, 0.13, 0.32)  # both dark enough to fade towards white
+    scale = (wanted / luminance)[:, None]
+    lighter = 1 - (1 - colours**2.2) * (1 - wanted[:, None]) / (1 - luminance[:, None])
+    return np.clip(np.where(scale <= 1, colours**2.2 * scale, lighter), 0, 1) ** (1 / 2.2)
+
+
+def picture(scenario: Scenario) -> "Figure":
+    """Draw `scenario` on a new figure, which belongs to no window and no global state."""
+    from matplotlib.figure import Figure
+
+    rows = np.lexsort((np.arange(scenario.num_classes), scenario.classes.level.numpy()))  # classes from top to bottom
+    colours = task_colours(len(scenario.tasks))
+    height = float(np.clip(1.6 + 0.17 * scenario.num_classes, 3.4, 8.0))
+    width = float(np.clip(0.16 * len(scenario.groups), 1.3, 3.2))
+    figure = Figure(figsize=(8.6 + width, height), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=[7.0, width], height_ratios=[0.22, height - 1.2])
+    stream = figure.add_subplot(grid[1, 0])
+    band = figure.add_subplot(grid[0, 0], sharex=stream)
+    groups = figure.add_subplot(grid[1, 1], sharey=stream)
+    draw_stream(stream, scenario, rows, colours)
+    draw_band(band, scenario, colours)
+    draw_groups(groups, scenario, rows, colours)
+    passes = "online, each row once" if scenario.online else f"{scenario.defaults.epochs} epochs per task, reshuffled"
+    figure.suptitle(
+        f"{scenario.id}   {' + '.join(scenario.datasets)}: {scenario.num_classes} classes, {len(scenario.tasks)} tasks, "
+        f"{scenario.offsets[-1]:,} rows, {passes}; {scenario.setting}-incremental",
+        fontsize=9,
+    )
+    return figure
+
+
+def draw_stream(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -> None:
+    """Density of each class along the stream, as an image of one row per class."""
+    total, num_classes = scenario.offsets[-1], scenario.num_classes
+    bins = min(total, MAX_BINS)
+    edges = torch.linspace(0, total, bins + 1, dtype=torch.float64).round().long()
+    density = (class_rows(scenario, edges) / edges.diff()).numpy()[rows]  # (C, bins)
+    present = density > 0
+    usual = density.sum(1, keepdims=True) / np.maximum(present.sum(1, keepdims=True), 1)  # where the class occurs at all
+    strength = np.sqrt(np.clip(density / np.where(usual > 0, usual, 1), 0, 1))
+    strength = np.where(present, 0.15 + 0.85 * strength, 0)[..., None]  # a single row still shows
+    if scenario.setting == "domain":
+        middle = (edges[:-1] + edges[1:]).numpy() / 2
+        colour = colours[np.searchsorted(scenario.offsets, middle, side="right") - 1][None]
+    else:
+        colour = colours[home_tasks(scenario)[rows]][:, None]
+    axes.imshow(
+        1 - strength * (1 - colour), aspect="auto", interpolation="nearest", extent=(0, total, num_classes - 0.5, -0.5)
+    )
+    for offset in scenario.offsets[1:-1]:
+        axes.axvline(offset, color=LINE, linewidth=0.5)
+    level = scenario.classes.level.numpy()[rows]
+    for border in np.flatnonzero(np.diff(level)):
+        axes.axhline(border + 0.5, color=LINE, linewidth=1.2)
+    if num_classes <= MAX_NAMES:
+        axes.set_yticks(np.arange(num_classes), [scenario.classes.names[i] for i in rows], fontsize=7)
+        axes.set_ylabel("class, in the order of its id", fontsize=8)
+    else:
+        axes.set_ylabel("class id", fontsize=8)
+        step = 10 if num_classes <= 200 else 50
+        ticks = np.arange(0, num_classes, step)
+        axes.set_yticks(ticks, [str(rows[i]) for i in ticks], fontsize=7)
+    axes.set_xlabel("stream position (training rows); the darker, the more of the class", fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def home_tasks(scenario: Scenario) -> Ints:
+    """(C,) index of the task that introduces each class."""
+    home = np.zeros(scenario.num_classes, dtype=np.int64)
+    for index, task in enumerate(scenario.tasks):
+        home[task.classes.numpy()] = index
+    return home
+
+
+def draw_band(axes: "Axes", scenario: Scenario, colours: Floats) -> None:
+    """The tasks as a ruler over the stream: the key to their colours."""
+    offsets = np.array(scenario.offsets)
+    lengths = np.diff(offsets)
+    axes.broken_barh(list(zip(offsets[:-1], lengths, strict=True)), (0, 1), facecolors=colours, edgecolors="white")
+    axes.set_ylim(0, 1)
+    for index in np.flatnonzero(lengths > 0.02 * offsets[-1]):
+        axes.text(offsets[index] + lengths[index] / 2, 0.45, index, ha="center", va="center", color="white", fontsize=7)
+    axes.set_ylabel("task", rotation=0, ha="right", va="center", fontsize=8)
+    axes.set_yticks([])
+    axes.tick_params(axis="x", bottom=False, labelbottom=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def draw_groups(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -> None:
+    """One column per test group."""
+    num_classes, num_groups = scenario.num_classes, len(scenario.groups)
+    image = np.ones((num_classes, num_groups, 3))
+    for column, group in enumerate(scenario.groups):
+        image[group.classes.numpy(), column] = 0.92
+        image[np.unique(group.targets.numpy()), column] = 0.35 if group.task is None else colours[group.task]
+    axes.imshow(
+        image[rows], aspect="auto", interpolation="nearest", extent=(-0.5, num_groups - 0.5, num_classes - 0.5, -0.5)
+    )
+    for border in range(1, num_groups):
+        axes.axvline(border - 0.5, color="white", linewidth=1.0 if num_groups <= 40 else 0.3)
+    step = -(-num_groups // 12)
+    axes.set_xticks(np.arange(0, num_groups, step))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", labelleft=False, left=False)
+    axes.set_xlabel(f"test groups ({sum(len(group.rows) for group in scenario.groups):,} rows)", fontsize=8)
