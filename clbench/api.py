@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from clbench.errors import InputError, unknown_name
 if TYPE_CHECKING:
     import pandas as pd
 
-    from clbench.learner.resolve import Resolved
     from clbench.learner.run import RunResult
     from clbench.learner.spec import RunSpec
     from clbench.metrics import Aggregate
@@ -24,12 +22,172 @@ __all__ = ["Results", "load_runs", "make_specs", "parse_seeds", "run"]
 MAX_SEEDS = 1000
 
 
-class Results(Sequence["RunResult"]):
-    """Finished runs of one command, one per seed, in the order of the seeds.
+class Results:
+    """Finished runs of one command, one per seed, in the order of the seeds: iterate, index, or ask for the table.
 
-    Each has `path` (its record), `summary` (every metric and time of `summary.json`) and `status`.
+    Each run has `path` (its record), `summary` (every key of `summary.json`) and `status`.
     """
 
-    def __init__(self, runs: Sequence[RunResult], seeds: Sequence[int]) -> None:
-        self._runs = tuple(runs)
+    def __init__(self, runs: Iterable[RunResult], seeds: Iterable[int]) -> None:
+        self.runs = tuple(runs)
         self.seeds = tuple(seeds)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[RunResult]:
+        return iter(self.runs)
+
+    def __getitem__(self, index: int) -> RunResult:
+        return self.runs[index]
+
+    def __repr__(self) -> str:
+        return f"<Results of {len(self)} runs, final accuracy {self.mean('final_accuracy'):.3f}>"
+
+    def aggregate(self) -> dict[str, Aggregate]:
+        """Mean, standard deviation and 95 % interval of every metric over the seeds."""
+        from clbench.metrics import aggregate, list_metrics
+
+        keys = [key for metric in list_metrics() for key in metric.keys]
+        return aggregate({key: run.summary.get(key) for key in keys} for run in self.runs)
+
+    def mean(self, metric: str) -> float:
+        """Mean of one metric over the seeds. Raises InputError if it is unknown or was not measured."""
+        values = self.aggregate()
+        if metric not in values:
+            raise unknown_name("metric of these runs", metric, values)
+        return values[metric].mean
+
+    def table(self) -> pd.DataFrame:
+        """One row per run: seed, path, status, and every plain value of its summary."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"seed": seed, "path": str(run.path), "status": run.status, **plain_values(run.summary)}
+            for seed, run in zip(self.seeds, self.runs, strict=True)
+        )
+
+
+def run(
+    method: str,
+    scenario: str,
+    seeds: int | str | Iterable[int] = 0,
+    *,
+    fresh: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Results:
+    """Run a method on a scenario, one run per seed, and return the results in the order of the seeds.
+
+    method, scenario: an id, an alias, or the path of your own Python file.
+    seeds: one, several, or text as on the command line: `"0-2,7"`.
+    fresh: start anew beside runs of the same specification, instead of showing or resuming them.
+    progress: show it on stderr.
+    options: the fields of `clbench.learner.spec.RunSpec`, as `--option` on the command line with `_` for `-`:
+        `order_seed`, `set`, `scenario_params`, `backbone`, `backbone_options`, `weights`, `device`, `precision`, `mask`,
+        `eval_every`, `eval_per_group`, `batch_size`, `epochs`, `train_view`, `test_view`, `data`, `out`,
+        `allow_contamination`, `checkpoint_every`, `threads`, `keep_weights`, `keep_checkpoint`.
+
+    Raises InputError for what can't be used, RunFailed if a run breaks, KeyboardInterrupt when stopped (its checkpoint is
+    saved: the same call goes on). Runs that are finished by then are kept.
+
+        results = clbench.run("er", "split-digits", seeds="0-2", set={"capacity": 200}, out="results/runs")
+        results.mean("final_accuracy")
+        results.table()[["seed", "final_accuracy", "forgetting"]]
+    """
+    chosen = parse_seeds(seeds)
+    specs = make_specs(method, scenario, chosen, options)
+    from clbench.learner.resolve import resolve
+    from clbench.learner.run import run as run_one
+    from clbench.report.curve import draw
+
+    runs = []
+    for number, spec in enumerate(specs, 1):
+        resolved = resolve(spec)
+        label = f"{resolved.found.id} on {resolved.scenario.id}, seed {spec.seed}"
+        if len(specs) > 1:
+            label += f" ({number} of {len(specs)})"
+        with show(label, progress) as display:
+            result = run_one(resolved, display, fresh=fresh)
+            if display is not None and result.status == "done":
+                display.finish(result.summary["steps"])
+        draw(result.path)
+        runs.append(result)
+    return Results(runs, chosen)
+
+
+def load_runs(folder: str | Path = "results/runs") -> pd.DataFrame:
+    """Every finished run below `folder` as one row: what was run, and every metric of its summary.
+
+    Raises InputError if the folder does not exist or a record cannot be read.
+
+        runs = clbench.load_runs("results/runs")
+        runs.groupby(["scenario", "method"])["final_accuracy"].agg(["mean", "std", "count"])
+    """
+    from clbench import store
+
+    return store.load_runs(Path(folder))
+
+
+def make_specs(method: str, scenario: str, seeds: Iterable[int], options: Mapping[str, Any]) -> list[RunSpec]:
+    """One RunSpec per seed. Raises InputError for an unknown option or a value of the wrong type or range."""
+    from pydantic import ValidationError
+
+    from clbench.learner.spec import RunSpec
+
+    known = RunSpec.model_fields.keys() - {"method", "scenario", "seed"}
+    for name in options:
+        if name not in known:
+            raise unknown_name("option", name, known)
+    try:
+        return [RunSpec(method=method, scenario=scenario, seed=seed, **options) for seed in seeds]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        reason = first["msg"].removeprefix("Input should be ")
+        raise InputError(f"--{name} is {first['input']!r}, it should be {reason}") from None
+
+
+def parse_seeds(seeds: int | str | Iterable[int]) -> list[int]:
+    """Read `"0-2,7"` as [0, 1, 2, 7]; order is kept, repetitions are dropped. Raises InputError.
+
+    >>> parse_seeds("0-2,7")
+    [0, 1, 2, 7]
+    """
+    if isinstance(seeds, int):
+        seeds = [seeds]
+    if not isinstance(seeds, str):
+        out = list(dict.fromkeys(int(seed) for seed in seeds))
+        if not out or min(out) < 0:
+            raise InputError(f"seeds are {out}, give one or more whole numbers from 0 up")
+        return out
+    chosen: dict[int, None] = {}
+    for part in seeds.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isascii() and first.isdigit() and (not dash or (last.isascii() and last.isdigit()))):
+            raise InputError(f'--seeds is {seeds!r}, write it as "0", "0-4" or "0-2,7"')
+        low, high = int(first), int(last if dash else first)
+        if high < low or high - low >= MAX_SEEDS:
+            raise InputError(f"--seeds has the range {part.strip()!r}, it must go up and hold at most {MAX_SEEDS} seeds")
+        chosen |= dict.fromkeys(range(low, high + 1))
+    return list(chosen)
+
+
+def show(label: str, progress: bool) -> AbstractContextManager[BarProgress | LineProgress | None]:
+    """Where a run tells how far it is."""
+    if not progress:
+        return nullcontext()
+    from clbench.report.progress import live_progress
+
+    return live_progress(label)
+
+
+def plain_values(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary flattened to one level: `times.train_s` for what is nested, lists left out."""
+    out: dict[str, Any] = {}
+    for key, value in summary.items():
+        if isinstance(value, Mapping):
+            out |= {f"{key}.{inner}": item for inner, item in plain_values(value).items()}
+        elif not isinstance(value, list | tuple):
+            out[key] = value
+    return out

@@ -124,12 +124,57 @@ def run(
         int | None, typer.Option(metavar="N", help="Steps between checkpoints; once a minute if not given.")
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads; torch's default if not given.")] = None,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep the final weights in the record.")] = False,
+    keep_checkpoint: Annotated[
+        bool, typer.Option("--keep-checkpoint", help="Keep the last checkpoint of a finished run.")
+    ] = False,
 ) -> None:
     """Run a method on a scenario, for one or several seeds.
 
     The same command again shows a finished run and goes on with an unfinished one.
     """
+    options = {
+        "order_seed": order_seed,
+        "set": parse_pairs("--set", set_),
+        "scenario_params": parse_pairs("--scenario-set", scenario_set),
+        "backbone": backbone,
+        "backbone_options": parse_pairs("--backbone-set", backbone_set),
+        "weights": weights,
+        "device": device,
+        "precision": precision,
+        "mask": mask,
+        "eval_every": eval_every,
+        "eval_per_group": eval_per_group,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "train_view": train_view,
+        "test_view": test_view,
+        "data": tuple(data or ()),
+        "out": out,
+        "allow_contamination": allow_contamination,
+        "checkpoint_every": checkpoint_every,
+        "threads": threads,
+        "keep_weights": keep_weights,
+        "keep_checkpoint": keep_checkpoint,
+    }
     from clbench import api
+
+    if dry_run:
+        raise NotImplementedError
+    results = api.run(method, scenario, seeds, fresh=fresh, progress=True, **options)
+
+
+def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
+    """`["a=1", "b=x=y"]` -> `{"a": "1", "b": "x=y"}`; types are up to whoever declared the names."""
+    out: dict[str, str] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"{option} {pair!r} is not of the form key=value")
+        if key.strip() in out:
+            raise InputError(f"{option} gives {key.strip()!r} twice; leave one of them out")
+        out[key.strip()] = value.strip()
+    return out
 
 
 # -- list --------------------------------------------------------------------------------------------------------
@@ -168,9 +213,11 @@ def rows_of_metrics(_: Path) -> list[dict[str, Any]]:
 
 
 def rows_of_runs(runs: Path) -> list[dict[str, Any]]:
-    from clbench.store import list_runs
+    from clbench.store.scan import find_runs
 
-    return list_runs(runs)
+    if runs == RUNS and not runs.exists():  # nothing has been run here yet
+        return []
+    return [found.as_row() for found in find_runs(runs)]
 
 
 # what can be listed: where its rows come from, and the columns shown on a screen (--json has all of them)
@@ -208,12 +255,151 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A plain table; wraps to a terminal's width, but never in a pipe."""
-    from rich.console import Console
-    from rich.table import Table
+    """A plain table: wrapped to a terminal's width, one line per row where it goes to a file or a pipe."""
+    titles = [column.replace("_", " ") for column in columns]
+    lines = [[cell(row.get(column)) for column in columns] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
 
-    table = Table(*(column.replace("_", " ") for column in columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*(cell(row.get(column)) for column in columns))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 10_000)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for index, title in enumerate(titles):
+            table.add_column(title, no_wrap=index == 0, overflow="fold")
+        for line in lines:
+            table.add_row(*line)
+        Console(markup=False, highlight=False).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+    for line in [titles, *lines]:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)
+
+
+# -- show --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def show(
+    scenario: Annotated[str, typer.Argument(help="Scenario id or path of a scenario file.")],
+    scenario_set: ScenarioSetOption = None,
+    order_seed: Annotated[int, typer.Option(help="Seed of class and stream order.")] = 0,
+    data: DataOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Where the picture goes; results/scenarios/<id>.png if not given.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The task table of a scenario, and a picture of its stream."""
+    from clbench.data import load
+    from clbench.report.stream_picture import draw
+    from clbench.scenarios import registry
+    from clbench.scenarios.describe import describe
+
+    preset = registry.find(scenario).with_params(parse_pairs("--scenario-set", scenario_set))
+    tables = [load(name, roots=tuple(data or ())).table() for name in preset.datasets]
+    built = registry.build(preset, tables, order_seed)
+    rows = describe(built)
+    picture = draw(built, out or Path("results/scenarios") / f"{built.id}.png")
+    if as_json:
+        about = {"id": built.id, "title": preset.title, "setting": built.setting, "online": built.online,
+                 "num_classes": built.num_classes, "fingerprint": built.fingerprint, "parameters": preset.param_table(),
+                 "tasks": rows, "picture": picture}  # fmt: skip
+        print_json(about)
+        return
+    print(f"{built.id}: {preset.title}")
+    print(f"source: {preset.source}")
+    once = "every row once, in order" if built.online else "epochs, reshuffled"
+    print(f"{built.setting}-incremental, {once}, {built.num_classes} classes, order seed {order_seed}")
+    print(f"fingerprint {built.fingerprint}\n")
+    print_table(("task", "classes", "train", "val", "test", "share", "old"), rows)
+    print("\nparameters (--scenario-set):")
+    print_table(("name", "value", "type", "help"), preset.param_table())
+    print(f"\npicture: {picture}")
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+# -- doctor and check --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    data: DataOption = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for run records.")] = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """What is installed, which device is used, what is missing and what to do. Exit code 1 if something must be done."""
+    from clbench.doctor import examine
+
+    findings = list(examine(tuple(data or ()), out))
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        print_table(("topic", "state", "found", "advice"), ({**f._asdict(), "advice": f.advice or ""} for f in findings))
+    raise typer.Exit(1 if any(finding.state == "missing" for finding in findings) else 0)
+
+
+@app.command()
+def check(
+    what: Annotated[str, typer.Argument(metavar="FILE", help="A method or scenario file of yours, or the id of a built-in one.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Hyperparameter of a method (repeatable).")
+    ] = None,
+    scenario_set: ScenarioSetOption = None,
+    data: DataOption = None,
+) -> None:
+    """Conformance of a method or scenario: every rule that the suite relies on. Exit code 1 if one is broken."""
+    if kind_of(what) == "method":
+        from clbench.learner.check import check_method
+
+        results = [tuple(result) for result in check_method(what, parse_pairs("--set", set_))]
+    else:
+        from clbench.data import load
+        from clbench.scenarios import registry
+        from clbench.scenarios.check import check_preset
+
+        preset = registry.find(what).with_params(parse_pairs("--scenario-set", scenario_set))
+        tables = [load(name, roots=tuple(data or ())).table() for name in preset.datasets]
+        results = [tuple(result) for result in check_preset(preset, tables)]
+    for name, ok, message in results:
+        print(f"{'ok  ' if ok else 'FAIL'}  {name}" + (f": {message}" if message else ""))
+    broken = sum(not ok for _, ok, _ in results)
+    print(f"{len(results) - broken} of {len(results)} checks passed")
+    raise typer.Exit(1 if broken else 0)
+
+
+def kind_of(what: str) -> str:
+    """Whether a file (by what it defines, without running it) or an id is a `method` or a `scenario`."""
+    if not (what.endswith(".py") or os.sep in what):
+        return "scenario" if any(what in (s["id"], s["name"]) for s in rows_of_scenarios(RUNS)) else "method"
+    import ast
+
+    try:
+        tree = ast.parse(Path(what).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {what}: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise InputError(f"{what}{line} is not valid Python: {error.args[0]}") from None
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    if "METHOD" in names:
+        return "method"
+    if "build" in names:
+        return "scenario"
+    raise InputError(f"{what} defines neither METHOD (a method) nor build (a scenario); see docs/add-a-method.md")

@@ -9,7 +9,7 @@ from typing import Any
 
 from clbench.errors import unknown_name
 
-__all__ = ["Archive", "Dataset", "KnownFile", "catalogue", "dataset", "list_datasets", "normalisation"]
+__all__ = ["Dataset", "Download", "KnownFile", "catalogue", "dataset", "list_datasets", "normalisation"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,11 @@ class KnownFile:
 
 
 @dataclass(frozen=True)
-class Archive:
-    """A file to download. `to`: its folder inside a data folder."""
+class Download:
+    """Where the published files can be had: `mirrors` are tried in order, each with a file's name behind it. `to`: their
+    folder inside a data folder."""
 
-    name: str
-    md5: str
-    urls: tuple[str, ...]
+    mirrors: tuple[str, ...]
     to: str = ""
 
 
@@ -53,7 +52,12 @@ class Dataset:
     subset_of: str | None = None
     embedded: bool = False
     files: Mapping[str, KnownFile] = field(default_factory=dict)
-    archives: tuple[Archive, ...] = ()
+    download: Download | None = None
+
+    @property
+    def archives(self) -> tuple[str, ...]:
+        """Names of the files that a download consists of."""
+        return tuple(name for name in self.files if name.endswith(".gz"))
 
 
 def _frozen(value: Any) -> Any:
@@ -75,10 +79,15 @@ def catalogue() -> dict[str, Dataset]:
         inherited = ("num_classes", "shape", "mean", "std", "images_of", "class_names", "coarse", "source", "licence")
         table = {key: full[key] for key in inherited if key in full} | own
         known = {file: KnownFile(**sums) for file, sums in table.pop("files", {}).items()}
-        archives = tuple(Archive(**{k: _frozen(v) for k, v in item.items()}) for item in table.pop("archives", []))
+        download = table.pop("download", None)
         coarse = {parent: tuple(children) for parent, children in table.pop("coarse", {}).items()}
-        rest = {key: _frozen(value) for key, value in table.items()}
-        out[name] = Dataset(name=name, files=known, archives=archives, coarse=coarse, **rest)
+        out[name] = Dataset(
+            name=name,
+            files=known,
+            coarse=coarse,
+            download=download and Download(**{key: _frozen(value) for key, value in download.items()}),
+            **{key: _frozen(value) for key, value in table.items()},
+        )
     return out
 
 

@@ -72,7 +72,8 @@ class Evaluator:
         self.sizes = [b - a for a, b in zip(self.subset.starts, self.subset.starts[1:], strict=False)]
         self._answerable = self._answerable_classes()
         self._unlocks_at = [
-            min((self.unlocks.first_seen[c] for c in group.classes.tolist()), default=0) for group in scenario.groups
+            min((self.unlocks.first_seen[c] for c in group.targets.unique().tolist()), default=0)
+            for group in scenario.groups
         ]
         groups = len(scenario.groups)
         self._table = torch.zeros((max(slots, 1), groups), dtype=torch.int64, device=self.device)
@@ -84,7 +85,7 @@ class Evaluator:
 
     # -- what to evaluate ----------------------------------------------------------------------------------------
     def active_groups(self, task: int, position: int) -> tuple[int, ...]:
-        """Groups that count now: their task has started and at least one of their classes is unlocked."""
+        """Groups that count now: their task has started and at least one class of their targets is unlocked."""
         return tuple(
             index
             for index, (group, unlock) in enumerate(zip(self.scenario.groups, self._unlocks_at, strict=True))

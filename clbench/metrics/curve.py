@@ -74,6 +74,8 @@ class Curve:
             raise ValueError(f"steps, task and phase need {evaluations} entries, one per row of hits")
         if not len(self.totals) == len(self.groups) == groups:
             raise ValueError(f"totals and groups need {groups} entries, one per column of hits")
+        if len(set(self.groups)) < groups:
+            raise ValueError("groups need names of their own")
         if np.any((np.diff(self.task) < 0) | (np.diff(self.steps) < 0)):
             raise ValueError("evaluations must be in the order of the run")
         if np.any((self.hits < 0) | (self.hits > self.totals), where=self.valid):

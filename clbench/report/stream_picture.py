@@ -8,6 +8,7 @@ neighbouring tasks differ in lightness, and task switches are lines.
 """
 
 import io
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clbench.atomic import atomic_write_bytes
 from clbench.scenarios.describe import class_rows
 from clbench.scenarios.model import Scenario
 
@@ -27,18 +29,17 @@ __all__ = ["draw", "task_colours"]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-MAX_BINS = 400  # columns of the left panel: wide enough to be seen, narrow enough to hold several rows of each class
+COLUMNS = 1600  # of the left panel's image, more than it has pixels
+MAX_BINS = 400  # parts of the stream; of some ten rows at least, so that they say something about shares
 MAX_NAMES = 40  # beyond so many classes their names cannot be read, and ids are shown
 LINE = "0.25"
 
 
 def draw(scenario: Scenario, path: Path) -> Path:
     """Write the picture of `scenario` as a PNG file to `path` and return it."""
-    from clbench.store.atomic import write_bytes
-
     data = io.BytesIO()
     picture(scenario).savefig(data, format="png", dpi=120)
-    write_bytes(path, data.getvalue())
+    atomic_write_bytes(path, data.getvalue())
     return path
 
 
@@ -63,7 +64,7 @@ def picture(scenario: Scenario) -> "Figure":
     rows = np.lexsort((np.arange(scenario.num_classes), scenario.classes.level.numpy()))  # classes from top to bottom
     colours = task_colours(len(scenario.tasks))
     height = float(np.clip(1.6 + 0.17 * scenario.num_classes, 3.4, 8.0))
-    width = float(np.clip(0.16 * len(scenario.groups), 1.3, 3.2))
+    width = float(np.clip(0.16 * len(scenario.groups), 1.5, 3.2))
     figure = Figure(figsize=(8.6 + width, height), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[7.0, width], height_ratios=[0.22, height - 1.2])
     stream = figure.add_subplot(grid[1, 0])
@@ -72,11 +73,12 @@ def picture(scenario: Scenario) -> "Figure":
     draw_stream(stream, scenario, rows, colours)
     draw_band(band, scenario, colours)
     draw_groups(groups, scenario, rows, colours)
-    passes = "online, each row once" if scenario.online else f"{scenario.defaults.epochs} epochs per task, reshuffled"
+    passes = "online, one pass" if scenario.online else f"{scenario.defaults.epochs} epochs per task, reshuffled"
     figure.suptitle(
-        f"{scenario.id}   {' + '.join(scenario.datasets)}: {scenario.num_classes} classes, {len(scenario.tasks)} tasks, "
-        f"{scenario.offsets[-1]:,} rows, {passes}; {scenario.setting}-incremental",
+        f"{scenario.id}   {' + '.join(scenario.datasets)}: {scenario.num_classes} classes, {len(scenario.tasks)} "
+        f"tasks, {scenario.offsets[-1]:,} rows, {passes}; {scenario.setting}-incremental",
         fontsize=9,
+        parse_math=False,
     )
     return figure
 
@@ -84,28 +86,33 @@ def picture(scenario: Scenario) -> "Figure":
 def draw_stream(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -> None:
     """Density of each class along the stream, as an image of one row per class."""
     total, num_classes = scenario.offsets[-1], scenario.num_classes
-    bins = min(total, MAX_BINS)
-    edges = torch.linspace(0, total, bins + 1, dtype=torch.float64).round().long()
-    density = (class_rows(scenario, edges) / edges.diff()).numpy()[rows]  # (C, bins)
+    edges = bin_edges(scenario)
+    density = class_rows(scenario, torch.from_numpy(edges)).numpy()[rows] / np.diff(edges)  # (C, bins)
     present = density > 0
-    usual = density.sum(1, keepdims=True) / np.maximum(present.sum(1, keepdims=True), 1)  # where the class occurs at all
+    # full colour where the class is as dense as on average over the bins it occurs in
+    usual = density.sum(1, keepdims=True) / np.maximum(present.sum(1, keepdims=True), 1)
     strength = np.sqrt(np.clip(density / np.where(usual > 0, usual, 1), 0, 1))
-    strength = np.where(present, 0.15 + 0.85 * strength, 0)[..., None]  # a single row still shows
+    strength = np.where(present, 0.15 + 0.85 * strength, 0)  # a single row still shows
+    position = (np.arange(COLUMNS) + 0.5) * total / COLUMNS
+    strength = strength[:, np.searchsorted(edges, position, side="right") - 1, None]
     if scenario.setting == "domain":
-        middle = (edges[:-1] + edges[1:]).numpy() / 2
-        colour = colours[np.searchsorted(scenario.offsets, middle, side="right") - 1][None]
+        colour = colours[np.searchsorted(scenario.offsets, position, side="right") - 1][None]
     else:
         colour = colours[home_tasks(scenario)[rows]][:, None]
     axes.imshow(
         1 - strength * (1 - colour), aspect="auto", interpolation="nearest", extent=(0, total, num_classes - 0.5, -0.5)
     )
     for offset in scenario.offsets[1:-1]:
-        axes.axvline(offset, color=LINE, linewidth=0.5)
+        axes.axvline(offset, color=LINE, linewidth=0.5 if len(scenario.tasks) <= 20 else 0.2)
     level = scenario.classes.level.numpy()[rows]
-    for border in np.flatnonzero(np.diff(level)):
+    borders = np.flatnonzero(np.diff(level))
+    for border in borders:
         axes.axhline(border + 0.5, color=LINE, linewidth=1.2)
+    for top in (0, *(borders + 1)) if len(borders) else ():
+        axes.text(total, top - 0.4, f"level {level[top]} ", ha="right", va="top", fontsize=7)
     if num_classes <= MAX_NAMES:
-        axes.set_yticks(np.arange(num_classes), [scenario.classes.names[i] for i in rows], fontsize=7)
+        names = [textwrap.shorten(scenario.classes.names[i], 24, placeholder="...") for i in rows]
+        axes.set_yticks(np.arange(num_classes), names, fontsize=7, parse_math=False)
         axes.set_ylabel("class, in the order of its id", fontsize=8)
     else:
         axes.set_ylabel("class id", fontsize=8)
@@ -115,6 +122,17 @@ def draw_stream(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -
     axes.set_xlabel("stream position (training rows); the darker, the more of the class", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def bin_edges(scenario: Scenario) -> Ints:
+    """(bins + 1,) stream positions. Task switches are edges, so that no bin shows two tasks as if they mixed."""
+    total = scenario.offsets[-1]
+    bins = min(MAX_BINS, max(total // 10, min(total, 100)))
+    parts = [
+        np.linspace(start, end, max(round(bins * (end - start) / total), 1) + 1)
+        for start, end in zip(scenario.offsets, scenario.offsets[1:], strict=False)
+    ]
+    return np.unique(np.concatenate(parts).round().astype(np.int64))
 
 
 def home_tasks(scenario: Scenario) -> Ints:
@@ -132,7 +150,9 @@ def draw_band(axes: "Axes", scenario: Scenario, colours: Floats) -> None:
     axes.broken_barh(list(zip(offsets[:-1], lengths, strict=True)), (0, 1), facecolors=colours, edgecolors="white")
     axes.set_ylim(0, 1)
     for index in np.flatnonzero(lengths > 0.02 * offsets[-1]):
-        axes.text(offsets[index] + lengths[index] / 2, 0.45, index, ha="center", va="center", color="white", fontsize=7)
+        axes.text(
+            offsets[index] + lengths[index] / 2, 0.45, str(index), ha="center", va="center", color="white", fontsize=7
+        )
     axes.set_ylabel("task", rotation=0, ha="right", va="center", fontsize=8)
     axes.set_yticks([])
     axes.tick_params(axis="x", bottom=False, labelbottom=False)
@@ -150,10 +170,11 @@ def draw_groups(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -
     axes.imshow(
         image[rows], aspect="auto", interpolation="nearest", extent=(-0.5, num_groups - 0.5, num_classes - 0.5, -0.5)
     )
-    for border in range(1, num_groups):
-        axes.axvline(border - 0.5, color="white", linewidth=1.0 if num_groups <= 40 else 0.3)
+    for border in range(1, num_groups) if num_groups <= 40 else ():
+        axes.axvline(border - 0.5, color="white", linewidth=1.0)
     step = -(-num_groups // 12)
     axes.set_xticks(np.arange(0, num_groups, step))
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", labelleft=False, left=False)
-    axes.set_xlabel(f"test groups ({sum(len(group.rows) for group in scenario.groups):,} rows)", fontsize=8)
+    num_rows = sum(len(group.rows) for group in scenario.groups)
+    axes.set_xlabel(f"test groups ({num_rows:,} rows)\ngrey: other answers allowed", fontsize=8)

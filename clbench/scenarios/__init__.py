@@ -1,1 +1,5 @@
-"""Scenarios: presets and builders of index tables. Nothing is imported here, so that listing them needs no torch."""
+"""Scenarios: index tables, the builders that make them, presets. Importing this or listing them needs no torch."""
+
+from clbench.scenarios.registry import Preset, build, find, list_scenarios
+
+__all__ = ["Preset", "build", "find", "list_scenarios"]

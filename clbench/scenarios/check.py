@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def check_preset(preset: registry.Preset, tables: Sequence[LabelTable], order_se
     out: dict[str, Check] = {}
     for seed in (order_seed, order_seed + 1):
         scenario = registry.build(preset, tables, seed)
-        for check in check_scenario(scenario, tables, lambda seed=seed: registry.build(preset, tables, seed)):
+        for check in check_scenario(scenario, tables, partial(registry.build, preset, tables, seed)):
             if check.name not in out or not check.ok:
                 out[check.name] = check
     return list(out.values())
@@ -136,7 +137,7 @@ def problems_of_rows(scenario: Scenario, tables: Sequence[LabelTable]) -> Proble
 
 
 def problems_of_classes(scenario: Scenario, tables: Sequence[LabelTable]) -> Problems:
-    """Targets are classes; each class is introduced once, before or when it is first trained; parents are one level up."""
+    """Targets are classes; each class is introduced once, at the latest when first trained; parents stand one up."""
     num_classes = scenario.num_classes
     for where, columns in tables_of(scenario):
         for name in ("targets", "classes"):
@@ -146,13 +147,13 @@ def problems_of_classes(scenario: Scenario, tables: Sequence[LabelTable]) -> Pro
                 return
     introduced = torch.zeros(num_classes, dtype=torch.bool)
     for index, task in enumerate(scenario.tasks):
-        if bool(introduced[task.classes].any()) or len(task.classes.unique()) < len(task.classes):
+        if bool(introduced[task.classes].any()) or repeats(task.classes):
             yield f"task {index} introduces a class that was introduced before"
         introduced[task.classes] = True
-        columns = [task.targets, *([task.val[1]] if task.val is not None else [])]
-        missing = ~introduced[torch.cat(columns)]
-        if bool(missing.any()):
-            name = scenario.classes.names[int(torch.cat(columns)[missing][0])]
+        used = torch.cat([task.targets, *([] if task.val is None else [task.val[1]])])
+        missing = used[~introduced[used]]
+        if len(missing):
+            name = scenario.classes.names[int(missing[0])]
             yield f"task {index} trains class {name!r}, which neither it nor an earlier task introduces"
     level, parent = scenario.classes.level, scenario.classes.parent
     if bool((level < 0).any()) or bool((parent < -1).any()) or bool((parent >= num_classes).any()):
@@ -190,7 +191,7 @@ def problems_of_groups(scenario: Scenario, tables: Sequence[LabelTable]) -> Prob
             yield f"{where}: two groups have this name"
         if len(group.rows) == 0:
             yield f"{where} has no rows"
-        if len(group.classes.unique()) < len(group.classes):
+        if repeats(group.classes):
             yield f"{where}: a class stands twice among its classes"
         if not bool(torch.isin(group.targets, group.classes).all()):
             yield f"{where}: a right answer is not among the classes that an answer may come from"
@@ -202,7 +203,7 @@ def problems_of_groups(scenario: Scenario, tables: Sequence[LabelTable]) -> Prob
             yield f"{where} belongs to task {group.task}, but the tasks are 0 to {len(scenario.tasks) - 1}"
         tested[group.targets] = True
     for task in scenario.tasks:
-        for i in task.targets[~tested[task.targets]].unique().tolist():
+        for i in task.targets[~tested[task.targets]].tolist():
             yield f"class {scenario.classes.names[i]!r} is trained but in no group"
 
 
@@ -262,6 +263,10 @@ def problems_of_defaults(scenario: Scenario, tables: Sequence[LabelTable]) -> Pr
     for task in scenario.prompts:
         if not 0 <= task < len(scenario.tasks):
             yield f"prompts are given for task {task}, but the tasks are 0 to {len(scenario.tasks) - 1}"
+
+
+def repeats(ids: Tensor) -> bool:
+    return len(set(ids.tolist())) < len(ids)
 
 
 def digest_of(tables: Sequence[LabelTable]) -> str:

@@ -23,6 +23,8 @@ __all__ = ["Params", "build", "task_sizes"]
 
 Ints = npt.NDArray[np.int64]
 
+DEFAULTS = StreamDefaults()
+
 
 @dataclass(frozen=True)
 class Params:
@@ -38,10 +40,13 @@ class Params:
     order: Literal["natural", "seeded"] | tuple[int, ...] = param(
         "natural", "class order: as in the data set, numpy's permutation of the order seed, or a list of class ids"
     )
-    setting: Literal["class", "task"] = param("class", "whether the task of a test image is known (task) or not (class)")
+    setting: Literal["class", "task"] = param(
+        "class", "whether the task of a test image is known (task) or not (class)"
+    )
     online: bool = param(False, "one pass over the rows as listed, in place of reshuffled epochs")
-    row_order: Literal["shuffled", "listed"] = param(
-        "shuffled", "online: rows of a task shuffled by the order seed, or as in the data set"
+    shuffle: bool = param(True, "online: rows of a task in an order drawn from the order seed, not as in the data set")
+    row_order: Literal["canonical", "source"] = param(
+        "canonical", "rows numbered by their content (the same from every source), or as the data's source has them"
     )
     per_class: int | None = param(None, "at most so many training rows per class, validation included", low=1)
     val_share: float = param(0.0, "share of each class's training rows kept out for validation", low=0, below=1)
@@ -55,7 +60,7 @@ def build(
     params: Params,
     *,
     id: str = "class-incremental@1",
-    defaults: StreamDefaults = StreamDefaults(),
+    defaults: StreamDefaults = DEFAULTS,
 ) -> Scenario:
     """Cut the one data set in `tables` into tasks of disjoint classes; `seed` is the order seed.
 
@@ -75,7 +80,7 @@ def build(
     position = np.full(len(names) + 1, -1, dtype=np.int64)  # the last entry serves label -1: no class at this level
     position[order] = np.arange(num_classes)
     targets = position[labels]
-    names = [names[i] for i in order]
+    names = [names[i] for i in order.tolist()]
     split = table.split.numpy()
     pool = choose_rows(targets, np.flatnonzero((split == TRAIN) & (targets >= 0)), params, names, where)
     test = np.flatnonzero((split == TEST) & (targets >= 0))
@@ -83,7 +88,7 @@ def build(
 
     task_of = np.repeat(np.arange(len(sizes)), sizes)  # (C,)
     train = pool.train
-    if params.online and params.row_order == "shuffled":
+    if params.online and params.shuffle:
         keys = row_keys(seed, "row order", len(labels))
         train = train[np.argsort(keys[train], kind="stable")]
     trains, vals, tests = (cut(rows, task_of[targets[rows]], len(sizes)) for rows in (train, pool.val, test))
@@ -147,7 +152,9 @@ def task_sizes(
         small, larger = divmod(num_classes, tasks)
         return [small + 1] * larger + [small] * (tasks - larger)
     if increment is None:
-        raise InputError(f"{where}: give tasks=NUMBER, or increment=CLASSES (with init=CLASSES for a larger first task)")
+        raise InputError(
+            f"{where}: give tasks=NUMBER, or increment=CLASSES (with init=CLASSES for a larger first task)"
+        )
     first = increment if init is None else init
     if first > num_classes:
         what = "increment" if init is None else "init"
@@ -225,7 +232,7 @@ def choose_rows(targets: Ints, rows: Ints, params: Params, names: Sequence[str],
 
 
 def require_rows(counts: Ints, names: Sequence[str], what: str, where: str) -> None:
-    empty = [names[i] for i in np.flatnonzero(counts == 0)]
+    empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
     if empty:
         shown = ", ".join(repr(name) for name in empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
         raise InputError(

@@ -14,7 +14,7 @@ __all__ = ["class_permutation", "frozen_random", "row_keys"]
 
 
 def class_permutation(seed: int, num_classes: int) -> npt.NDArray[np.int64]:
-    """(C,) class order of the field: `np.random.seed(seed); np.random.permutation(C)` (PyCIL, PILOT, SLCA with seed 1993).
+    """(C,) class order of the field: `np.random.seed(seed); np.random.permutation(C)` (PyCIL, PILOT, SLCA).
 
     >>> class_permutation(1993, 100)[:5].tolist()
     [68, 56, 78, 8, 23]

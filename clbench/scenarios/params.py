@@ -90,7 +90,11 @@ def check_range(metadata: Mapping[str, Any], value: Any, what: str) -> None:
     if value is None or isinstance(value, bool | str | tuple):
         return
     low, high, below = (metadata.get(key) for key in ("low", "high", "below"))
-    if (low is not None and value < low) or (high is not None and value > high) or (below is not None and value >= below):
+    if (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (below is not None and value >= below)
+    ):
         bounds = [
             f"at least {low}" if low is not None else "",
             f"at most {high}" if high is not None else "",

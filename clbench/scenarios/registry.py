@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from clbench.data import catalogue
 from clbench.errors import InputError, unknown_name
 from clbench.scenarios import params as parameters
 from clbench.scenarios.user_file import error_in_file, load_module
@@ -61,6 +62,11 @@ class Preset:
     @property
     def version(self) -> int:
         return int(self.id.partition("@")[2])
+
+    @property
+    def row_order(self) -> str:
+        """Order of rows that its data is loaded in: `canonical`, or `source` where an official stream needs it."""
+        return str(getattr(self.params, "row_order", "canonical"))
 
     def with_params(self, given: Mapping[str, Any]) -> "Preset":
         """Return this recipe with other parameters, which may be text from a command line.
@@ -221,4 +227,7 @@ def dataset_names(given: Any, how_many: int, where: str) -> tuple[str, ...]:
     names = [part.strip() for part in text.split(",")] if how_many > 1 else [text]
     if not all(names):
         raise InputError(f"{where}: dataset is empty; give a data set's name or path")
+    for name in names:
+        if not Path(name).exists():
+            catalogue.dataset(name)  # InputError with the nearest names
     return tuple(names)

@@ -131,9 +131,8 @@ class Stream:
             chosen = self._permutation(plan, epoch)[cut]
             rows, targets = plan.rows[chosen], plan.targets[chosen]
             domain = None if plan.domain is None else plan.domain[chosen]
-        rng = None
-        if self.read.is_random(phase.view):
-            rng = generator(self.seed, "view", at.step, device=self.device)
+        view = self.read.views.get(phase.view)
+        rng = generator(self.seed, "view", at.step, device=self.device) if view is not None and view.random else None
         images = self.read(rows, domain, phase.view, rng)
         return Batch(images, targets, rows, domain, seen, at, phase, epoch, last_update)
 

@@ -1,0 +1,62 @@
+"""Label tables for tests: the layouts of the real data sets (no images needed), and random ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
+
+MNIST_TRAIN = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
+MNIST_TEST = (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
+
+
+def make_table(
+    name: str, labels: Sequence[int], test_labels: Sequence[int], num_classes: int, num_coarse: int = 0
+) -> LabelTable:
+    """Train rows, then test rows. With coarse classes, class i's parent is coarse class i mod num_coarse."""
+    everything = np.concatenate([np.asarray(labels), np.asarray(test_labels)])
+    split = np.repeat([TRAIN, TEST], [len(labels), len(test_labels)])
+    names = [f"class {i}" for i in range(num_classes)] + [f"coarse {i}" for i in range(num_coarse)]
+    level = torch.zeros(len(names), dtype=torch.int64)
+    parent = torch.full((len(names),), -1)
+    if num_coarse:
+        level[:num_classes] = 1
+        parent[:num_classes] = num_classes + torch.arange(num_classes) % num_coarse
+    return LabelTable(
+        dataset=name,
+        labels=torch.from_numpy(everything.astype(np.int64)),
+        split=torch.from_numpy(split.astype(np.uint8)),
+        classes=ClassTable(tuple(names), level, parent),
+        fingerprint="0" * 64,
+    )
+
+
+def balanced(name: str, train: int, test: int, num_classes: int, num_coarse: int = 0) -> LabelTable:
+    """Labels 0, 1, ..., C - 1, 0, 1, ... in each split."""
+    return make_table(name, np.arange(train) % num_classes, np.arange(test) % num_classes, num_classes, num_coarse)
+
+
+def real_layout(name: str) -> LabelTable:
+    """The sizes of a real data set, with labels in a simple order."""
+    if name == "mnist":
+        classes = np.arange(10)
+        return make_table(name, np.repeat(classes, MNIST_TRAIN), np.repeat(classes, MNIST_TEST), 10)
+    train, test, num_classes, num_coarse = {
+        "digits": (1437, 360, 10, 0),
+        "cifar10": (50_000, 10_000, 10, 0),
+        "cifar100": (50_000, 10_000, 100, 20),
+        "tiny-imagenet": (100_000, 10_000, 200, 0),
+    }[name]
+    return balanced(name, train, test, num_classes, num_coarse)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> LabelTable:
+    """A random data set: up to 9 classes of 1 to 12 training and 1 to 4 test rows, mixed, some with coarse classes."""
+    num_classes = draw(st.integers(1, 9))
+    counts = [draw(st.lists(st.integers(1, top), min_size=num_classes, max_size=num_classes)) for top in (12, 4)]
+    shuffler = np.random.default_rng(draw(st.integers(0, 99)))
+    train, test = (shuffler.permutation(np.repeat(np.arange(num_classes), count)) for count in counts)
+    return make_table("random", train, test, num_classes, draw(st.integers(0, num_classes)))
