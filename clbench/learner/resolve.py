@@ -25,7 +25,7 @@ from clbench.rng import derive_seed, generator
 from clbench.scenarios.model import Scenario
 from clbench.stream import Plan, Stream
 
-__all__ = ["Resolved", "resolve"]
+__all__ = ["Resolved", "make_method", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def resolve(spec: RunSpec) -> Resolved:
         scenario, reader, seed=spec.seed, device=device,
         batch_size=options["batch_size"].value, epochs=options["epochs"].value,
     )  # fmt: skip
-    method = make_method(found, config, network.to(device), scenario, store, reader, stream, device)
+    method = make_method(found.cls, config, network.to(device), scenario, stream)
     mask: Mask = "task" if scenario.setting == "task" else options["mask"].value
     plans = [
         [stream.plan(index, phase, number) for number, phase in enumerate(method.phases(task, index))]
@@ -128,7 +128,7 @@ def resolve(spec: RunSpec) -> Resolved:
     schedule, schedule_source = make_schedule(spec, scenario, plans, per_group)
     identity = {
         "method": found.id,
-        "method_file": found.digest,
+        "method_file": found.digest or None,
         "hyperparameters": {key: entry["value"] for key, entry in hyperparameters.items()},
         "scenario": scenario.id,
         "scenario_fingerprint": scenario.fingerprint,
@@ -278,10 +278,10 @@ def check_contamination(network: nn.Module, store: ImageStore, name: str, allowe
 
 
 def make_method(
-    found: registry.FoundMethod, config: Any, network: nn.Module, scenario: Scenario, store: ImageStore, reader: Reader,
-    stream: Stream, device: torch.device,
-) -> Method:  # fmt: skip
+    cls: type[Method], config: Any, network: nn.Module, scenario: Scenario, stream: Stream
+) -> Method:
     """Construct the method; its initial draws depend on the run's seed alone."""
+    reader, device = stream.read, stream.device
 
     def rng(purpose: str, *keys: int | str) -> torch.Generator:
         return generator(stream.seed, f"method/{purpose}", *keys, device=device)
@@ -291,7 +291,7 @@ def make_method(
         classes_per_task=tuple(len(task.classes) for task in scenario.tasks),
         task_classes=tuple(task.classes for task in scenario.tasks),
         image_shape=tuple(reader.output_shape("train")),
-        image_bytes=store.images[0].numel(),
+        image_bytes=reader.store.images[0].numel(),
         device=device,
         scenario_id=scenario.id,
         setting=scenario.setting,
@@ -306,7 +306,7 @@ def make_method(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(derive_seed(stream.seed, "init"))
-        method = found.cls(config, network, setting)
+        method = cls(config, network, setting)
         for module in method.modules():
             module.to(device)
     return method

@@ -146,7 +146,7 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
     )  # fmt: skip
     phase_names = [[plan.phase.name for plan in plans] for plans in resolved.plans]
     record.write_curve(curve, phase_names)
-    record.write_matrix(matrix, names, before=rows.get(-1))
+    record.write_matrix(matrix, names, sizes=sizes, before=rows.get(-1))
     record.write_losses(*learner.losses.table(), learner.losses.names)
     targets = torch.cat([group.targets for group in scenario.groups]).numpy()
     test_rows = torch.cat([group.rows for group in scenario.groups]).numpy()

@@ -13,8 +13,9 @@ from clbench.data.reader import Reader
 from clbench.data.store import ImageStore
 from clbench.evaluator import Evaluator, Schedule
 from clbench.learner.learner import Learner
-from clbench.methods.base import Method, Setting
-from clbench.rng import derive_seed, generator
+from clbench.learner.resolve import make_method
+from clbench.methods.base import Method
+from clbench.rng import generator
 from clbench.scenarios.model import Group, Scenario, StreamDefaults, Task
 from clbench.stream import Stream
 
@@ -99,16 +100,7 @@ def learner_for(
     store = store or make_store(len(scenario.classes))
     reader = Reader(store, views or {"train": "", "test": ""}, scenario.domains)
     stream = Stream(scenario, reader, seed=seed)
-    setting = Setting(
-        classes=scenario.classes, classes_per_task=tuple(len(t.classes) for t in scenario.tasks),
-        task_classes=tuple(t.classes for t in scenario.tasks), image_shape=reader.output_shape("train"), image_bytes=36,
-        device=torch.device("cpu"), scenario_id=scenario.id, setting=scenario.setting, online=scenario.online,
-        epochs=stream.epochs, batch_size=stream.batch_size, updates_per_batch=stream.updates, prompts={}, read=reader,
-        rng=lambda purpose, *keys: generator(seed, f"method/{purpose}", *keys),
-    )  # fmt: skip
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derive_seed(seed, "init"))
-        made = method(config if config is not None else method.Config(), backbone(), setting)
+    made = make_method(method, config if config is not None else method.Config(), backbone(), scenario, stream)
     evaluator = Evaluator(
         scenario, reader, view=made.view, per_group=200, slots=10, seed=seed,
         mask=mask or ("task" if scenario.setting == "task" else method.mask),

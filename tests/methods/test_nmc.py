@@ -48,8 +48,8 @@ def make(prototype: str = "nmc", num_classes: int = NUM_CLASSES, width: int = 6)
     )
     device = torch.device("cpu")
     setting = Setting(
-        classes=table, classes_per_task=None, task_classes=(torch.arange(num_classes),), image_shape=(width,), image_bytes=width,
-        device=device, scenario_id="test@1", setting="class", online=False, epochs=1, batch_size=8,
+        classes=table, classes_per_task=None, task_classes=(torch.arange(num_classes),), image_shape=(width,),
+        image_bytes=width, device=device, scenario_id="test@1", setting="class", online=False, epochs=1, batch_size=8,
         updates_per_batch=1, prompts={}, read=lambda *a, **k: torch.zeros(0), rng=partial(generator, 0, device=device),
     )  # fmt: skip
     return NMC(NMCConfig(prototype), Backbone(width), setting)
