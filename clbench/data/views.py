@@ -55,8 +55,16 @@ class Operation:
 # -- geometry --------------------------------------------------------------------------------------------------------
 def crop(x: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
     """Cut a window of `size` (h, w) out of each image at its own (B,) int64 `top` and `left`."""
-    windows = x.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, C, H - h + 1, W - w + 1, h, w), a view
-    return windows[torch.arange(len(x), device=x.device), :, top, left]
+    batch, channels, height, width = x.shape
+    start = (top * width + left)[:, None] + window(size, width, x.device)
+    pixels = x.reshape(batch, channels, height * width).gather(2, start[:, None].expand(-1, channels, -1))
+    return pixels.view(batch, channels, *size)
+
+
+@lru_cache(maxsize=64)
+def window(size: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """(h * w,) int64 places of an h x w window's pixels in an image of that width, from its top left pixel; kept."""
+    return (torch.arange(size[0])[:, None] * width + torch.arange(size[1])).reshape(-1).to(device)
 
 
 def scaled(u: Tensor, count: int | Tensor) -> Tensor:
@@ -92,7 +100,10 @@ class Flip(Operation):
     in_unit_range: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
-        return torch.where((u < self.p)[:, :, None, None], x.flip(3), x)
+        width = x.shape[3]
+        column = torch.arange(width, device=x.device)
+        source = torch.where(u < self.p, width - 1 - column, column)  # a gather is quicker than mirroring and choosing
+        return x.gather(3, source[:, None, None].expand(x.shape))
 
 
 @dataclass(frozen=True)
@@ -332,7 +343,7 @@ class ColorJitter(Operation):
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
         x = plain = to_unit(x)
         m = len(self.parts)
-        order = u[:, 1 + m :].argsort(1, stable=True)
+        order = u[:, 1 + m :].argsort(dim=1, stable=True)
         for slot in range(m):  # every part is computed in every slot: which image takes which is known on the device only
             done = x
             for index, (name, amount) in enumerate(self.parts):

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from clbench.errors import InputError, unknown_name
 
-__all__ = ["change", "param", "param_table"]
+__all__ = ["change", "param", "param_table", "read"]
 
 P = TypeVar("P")
 

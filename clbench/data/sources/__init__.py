@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 __all__ = ["KINDS", "Decoded", "Source", "detect", "module"]
 
-KINDS = ("parquet", "cifar", "idx", "tiny_imagenet", "folder", "digits")  # in the order they are tried
+KINDS = ("parquet", "cifar", "idx", "tiny_imagenet", "folder")  # in the order they are tried; `digits` has no path
 
 
 @dataclass(frozen=True)

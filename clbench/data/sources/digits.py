@@ -1,6 +1,7 @@
 """The 1,797 handwritten digits that come with scikit-learn: 8x8, 17 grey levels, scaled to 0..255. They have no split of
 their own."""
 
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from clbench.data.sources import Decoded, Source
 from clbench.data.sources.images import resize_all
 from clbench.errors import InputError
 
-__all__ = ["count", "embedded", "find", "read"]
+__all__ = ["count", "embedded", "read"]
 
 FILE = "digits.csv.gz"
 
@@ -25,10 +26,6 @@ def embedded() -> Source:
     raise InputError(f"digits come with scikit-learn, whose {FILE} is not installed: run `pip install scikit-learn`")
 
 
-def find(path: Path) -> Source | None:
-    return Source("digits", path.parent, (path,)) if path.name == FILE and path.is_file() else None
-
-
 def count(source: Source) -> tuple[int, int] | None:
     return None
 
@@ -36,6 +33,9 @@ def count(source: Source) -> tuple[int, int] | None:
 def read(source: Source, size: int | None) -> Decoded:
     from sklearn.datasets import load_digits
 
-    data, target = load_digits(return_X_y=True)
+    try:
+        data, target = load_digits(return_X_y=True)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{source.files[0]} is damaged ({error}): install scikit-learn again") from error
     images = np.round(data * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     return Decoded(resize_all(images, size), target.astype(np.int64), None, tuple(map(str, range(10))))

@@ -1,0 +1,75 @@
+"""The built-in backbones, as a table that can be read without torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["EMBEDDED", "Embedded", "list_backbones"]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A backbone that needs no weights file.
+
+    features: width of the features and for which images. parameters: number of them, for 3 x 32 x 32 images unless said.
+    options: what `--backbone-set` may change, with its default; a tuple lists the valid words, default first.
+    """
+
+    title: str
+    features: str
+    parameters: str
+    source: str
+    options: Mapping[str, int | tuple[str, ...]] = field(default_factory=dict)
+
+
+EMBEDDED: Mapping[str, Embedded] = {
+    "flatten": Embedded(
+        title="the pixels themselves, no parameters",
+        features="C * H * W",
+        parameters="0",
+        source="-",
+    ),
+    "mlp": Embedded(
+        title="fully connected 400-400 with ReLU, for digits and MNIST",
+        features="400",
+        parameters="474,400 for 1 x 28 x 28",
+        source="stability_gap card, section 2 (MLP 784-400-400)",
+        options={"width": 400, "depth": 2},
+    ),
+    "reduced-resnet18": Embedded(
+        title="reduced ResNet-18 of online continual learning (20 channels)",
+        features="160 at 32 px, 640 at 64 and 84 px",
+        parameters="1,093,140",
+        source="online_baselines card, section 1 (families A, B); pool=global: stability_gap card",
+        options={"nf": 20, "pool": ("avg4", "global")},
+    ),
+    "resnet18-cifar": Embedded(
+        title="ResNet-18 without max-pool for small images (64 channels)",
+        features="512 at any size",
+        parameters="11,168,832",
+        source="online_baselines card, section 1 (family C)",
+        options={"nf": 64, "pool": ("global", "avg4")},
+    ),
+    "vit-tiny-32": Embedded(
+        title="small vision transformer with 4 px patches",
+        features="192",
+        parameters="2,692,992",
+        source="clbench; block as in timm's VisionTransformer, width and heads as DeiT-Ti, 6 blocks",
+        options={"patch": 4, "width": 192, "depth": 6, "heads": 3},
+    ),
+}
+
+
+def list_backbones() -> list[dict[str, Any]]:
+    """One record per built-in backbone: name, title, features, parameters, options, source. Any timm name works too."""
+    return [
+        {
+            "name": name,
+            "title": entry.title,
+            "features": entry.features,
+            "parameters": entry.parameters,
+            "options": {key: value[0] if isinstance(value, tuple) else value for key, value in entry.options.items()},
+            "source": entry.source,
+        }
+        for name, entry in EMBEDDED.items()
+    ]

@@ -1,0 +1,92 @@
+"""A scenario id means one table for ever: every preset's fingerprint and sizes are pinned in tests/golden.
+
+To pin a new preset or version: CLBENCH_PIN=1 python -m pytest tests/scenarios/test_scenario_golden.py
+It adds what is missing and never changes what is pinned.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from label_tables import real_layout
+
+from clbench.scenarios import build, find, list_scenarios
+from clbench.scenarios.check import check_preset
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "scenarios.json"
+SEEDS = (0, 1993)
+
+
+def statistics(id: str) -> dict[str, Any]:
+    """What is pinned of a preset, on a label table with the sizes of the real data set."""
+    preset = find(id)
+    built = {seed: build(preset, [real_layout(name) for name in preset.datasets], seed) for seed in SEEDS}
+    scenario = built[SEEDS[0]]
+    return {
+        "setting": scenario.setting,
+        "online": scenario.online,
+        "classes": [len(task.classes) for task in scenario.tasks],
+        "train": [len(task.rows) for task in scenario.tasks],
+        "val": [0 if task.val is None else len(task.val[0]) for task in scenario.tasks],
+        "test": [len(group.rows) for group in scenario.groups],
+        "fingerprints": {str(seed): scenario.fingerprint for seed, scenario in built.items()},
+    }
+
+
+def pinned() -> dict[str, Any]:
+    out: dict[str, Any] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    return out
+
+
+IDS = [row["id"] for row in list_scenarios()]
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_preset_is_as_pinned(id: str) -> None:
+    golden, found = pinned(), statistics(id)
+    if id not in golden and os.environ.get("CLBENCH_PIN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        entries = {**golden, id: found}
+        lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
+        GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        golden = entries
+    assert id in golden, f"{id} is not pinned: see the head of this file"
+    name, version = id.split("@")
+    assert found == golden[id], (
+        f"the table of {id} has changed, and results under this id are no longer comparable: leave {id} as it was, and "
+        f"give the changed table a new version, {name}@{int(version) + 1}, in presets.toml"
+    )
+
+
+def test_nothing_pinned_has_gone() -> None:
+    missing = set(pinned()) - set(IDS)
+    assert not missing, f"{sorted(missing)} can no longer be built; old versions stay in presets.toml"
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_preset_conforms(id: str) -> None:
+    preset = find(id)
+    checks = check_preset(preset, [real_layout(name) for name in preset.datasets], 1993)
+    assert [check for check in checks if not check.ok] == []
+    assert len(checks) == 10
+
+
+def test_seeds_matter_where_they_should() -> None:
+    golden = pinned()
+    for row in list_scenarios():
+        prints = golden[row["id"]]["fingerprints"]
+        seeded = find(row["id"]).params.order == "seeded"
+        assert (prints["0"] != prints["1993"]) == seeded, row["id"]
+
+
+def test_sizes_of_the_papers() -> None:
+    golden = pinned()
+    assert golden["split-cifar100-b50@1"]["train"] == [25_000, 5_000, 5_000, 5_000, 5_000, 5_000]
+    assert golden["split-cifar100@1"]["test"] == [1_000] * 10
+    assert golden["split-cifar100-20@1"]["classes"] == [5] * 20
+    assert golden["split-mnist@1"]["train"] == [12_665, 12_089, 11_263, 12_183, 11_800]  # real class counts, in pairs
+    # online_baselines section 4: 1000 iterations of 10 per task on CIFAR-10, 500 on CIFAR-100
+    assert golden["online-split-cifar10@1"]["train"] == [10_000] * 5
+    assert golden["online-split-cifar100@1"]["train"] == [5_000] * 10
