@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clbench.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from clbench.learner.estimate import Estimate
+    from clbench.learner.resolve import Resolved
     from clbench.learner.run import RunResult
     from clbench.learner.spec import RunSpec
     from clbench.metrics import Aggregate
     from clbench.report.progress import BarProgress, LineProgress
 
-__all__ = ["Results", "load_runs", "make_specs", "parse_seeds", "run"]
+__all__ = ["DryRun", "Results", "dry_run", "load_runs", "make_specs", "parse_seeds", "run"]
 
 MAX_SEEDS = 1000
 
@@ -114,6 +116,29 @@ def run(
         draw(result.path)
         runs.append(result)
     return Results(runs, chosen)
+
+
+class DryRun(NamedTuple):
+    """What `run` would do. resolved: the first seed's run with every value and its source in `document`; folders: where
+    the records would go (existing ones are shown or resumed); estimate: cost of each run."""
+
+    resolved: Resolved
+    folders: list[Path]
+    estimate: Estimate
+
+
+def dry_run(method: str, scenario: str, seeds: int | str | Iterable[int] = 0, **options: Any) -> DryRun:
+    """Look up everything that `run` with the same arguments needs, and try a few seconds of it; writes no record.
+
+    Raises InputError for what can't be used, before anything is tried.
+    """
+    specs = make_specs(method, scenario, parse_seeds(seeds), options)
+    from clbench.learner.estimate import estimate
+    from clbench.learner.resolve import resolve
+    from clbench.learner.run import run_folder
+
+    resolved = [resolve(spec) for spec in specs]
+    return DryRun(resolved[0], [run_folder(each) for each in resolved], estimate(resolved[0]))
 
 
 def load_runs(folder: str | Path = "results/runs") -> pd.DataFrame:

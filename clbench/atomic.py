@@ -17,7 +17,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def explain_os_error(error: OSError, path: Path, doing: str = "write") -> ClbenchError:
     """The one sentence for an operating-system error at `path`: RunFailed for a full disk, else InputError."""
     if error.errno in FULL:
-        return RunFailed(f"cannot {doing} {path}: the disk is full ({error.strerror}); free some space and run it again")
+        return RunFailed(
+            f"cannot {doing} {path}: the disk is full ({error.strerror}); free some space and run it again"
+        )
     reason = error.strerror or str(error)
     return InputError(f"cannot {doing} {path}: {reason}; check the path and its permissions, or choose another folder")
 

@@ -10,11 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clbench.errors import ClbenchError, InputError, unknown_name
+
+if TYPE_CHECKING:
+    from clbench.api import DryRun, Results
 
 __all__ = ["app", "main"]
 
@@ -56,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code if isinstance(code, int) else 0
+
+
+def complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 @app.callback(invoke_without_command=True)
@@ -160,8 +168,53 @@ def run(
     from clbench import api
 
     if dry_run:
-        raise NotImplementedError
-    results = api.run(method, scenario, seeds, fresh=fresh, progress=True, **options)
+        print_dry_run(api.dry_run(method, scenario, seeds, **options))
+        return
+    try:
+        results = api.run(method, scenario, seeds, fresh=fresh, progress=True, **options)
+    except KeyboardInterrupt:
+        raise typer.Exit(complain("interrupted; the checkpoint is saved, and the same command goes on from it", 130)) from None
+    print_results(results)
+
+
+def print_dry_run(dry: "DryRun") -> None:
+    """What would be run, where each value comes from, and what it would cost."""
+    document, cost, num = dry.resolved.document, dry.estimate, len(dry.folders)
+    sources = document["sources"]
+    rows = [
+        {"what": name, "value": value, "source": sources.get(name)}
+        for name, value in document.items()
+        if not isinstance(value, dict)
+    ]
+    rows += [{"what": f"--set {name}", **entry} for name, entry in document["hyperparameters"].items()]
+    rows += [{"what": f"--scenario-set {name}", "value": value, "source": "scenario"} for name, value in document["scenario_params"].items()]
+    print_table(("what", "value", "source"), rows)
+    print(f"\neach of {num} runs:" if num > 1 else "\nthe run:")
+    print(f"  {cost.num_steps} steps, {cost.num_evaluations} evaluations, {cost.num_parameters} parameters")
+    print(
+        f"  about {duration(cost.total_s)}: features {duration(cost.extract_s)}, training {duration(cost.train_s)}, "
+        f"evaluation {duration(cost.evaluate_s)} (from {cost.trial_steps} steps on this machine)"
+    )
+    print(f"  about {size(cost.memory_bytes)} of memory, up to {size(cost.disk_bytes)} on disk")
+    for folder in dry.folders:
+        state = "done, would be shown" if (folder / "DONE").exists() else "unfinished, would go on" if folder.exists() else "new"
+        print(f"  {folder} ({state})")
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(num_bytes: float) -> str:
+    """`12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
 
 
 def parse_pairs(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
@@ -281,10 +334,10 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "-"
-    return str(value)
+    return str(value) if value != "" else '""'
 
 
 # -- show --------------------------------------------------------------------------------------------------------
@@ -332,6 +385,56 @@ def show(
 # -- data --------------------------------------------------------------------------------------------------------
 
 
+@data_app.command("status")
+def data_status(data: DataOption = None, as_json: JsonOption = False) -> None:
+    """Which data sets are there, decoded or not, and what is missing."""
+    from clbench.data import admin
+
+    found = admin.status(tuple(data or ()))
+    if as_json:
+        print_json([entry._asdict() for entry in found])
+        return
+    rows = [{**entry._asdict(), "where": entry.where or None, "cached": size(entry.bytes)} for entry in found]
+    print_table(("name", "state", "cached", "where"), rows)
+    for entry in found:
+        if entry.state == "unusable":
+            print(f"\n{entry.name}: {entry.advice}")
+    if any(entry.state == "missing" for entry in found):
+        print("\nmissing: `clbench data fetch NAME` gets it or says which files to put where")
+
+
+@data_app.command("fetch")
+def data_fetch(name: Annotated[str, typer.Argument(help="Data set of `clbench list datasets`.")]) -> None:
+    """Download a data set and check its published checksums. Needs a network, and torchvision."""
+    from clbench.data import admin
+
+    files = admin.fetch(name)
+    print("\n".join(map(str, files)) if files else f"{name} is built in: nothing to fetch")
+
+
+@data_app.command("verify")
+def data_verify(
+    name: Annotated[str, typer.Argument(help="Data set, or path of a folder or file.")], data: DataOption = None
+) -> None:
+    """Read a data set's files and its cache again and compare. Exit code 1 if something was wrong."""
+    from clbench.data import admin
+
+    report([tuple(result) for result in admin.verify(name, tuple(data or ()))])
+
+
+@data_app.command("import")
+def data_import(
+    path: Annotated[Path, typer.Argument(help="Folder of images (train/CLASS/*.png, ...), Parquet, standard files.")],
+    name: Annotated[str, typer.Option(help="What to call it.")],
+) -> None:
+    """Decode data of your own into the cache, under a name that scenarios can use."""
+    from clbench.data import admin
+
+    entry = admin.import_(path, name)
+    print(f"{entry.name}: {size(entry.bytes)} decoded from {entry.where}")
+    print(f"use it as: clbench run ... --scenario-set dataset={entry.name}")
+
+
 # -- doctor and check --------------------------------------------------------------------------------------------
 
 
@@ -348,7 +451,10 @@ def doctor(
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
-        print_table(("topic", "state", "found", "advice"), ({**f._asdict(), "advice": f.advice or ""} for f in findings))
+        for finding in findings:
+            print(f"{finding.state:<8} {finding.topic:<16} {finding.found}")
+            if finding.advice:
+                print(f"{'':<25} -> {finding.advice}")
     raise typer.Exit(1 if any(finding.state == "missing" for finding in findings) else 0)
 
 
@@ -374,6 +480,11 @@ def check(
         preset = registry.find(what).with_params(parse_pairs("--scenario-set", scenario_set))
         tables = [load(name, roots=tuple(data or ())).table() for name in preset.datasets]
         results = [tuple(result) for result in check_preset(preset, tables)]
+    report(results)
+
+
+def report(results: Sequence[tuple[str, bool, str]]) -> None:
+    """Print checks and end with exit code 1 if one failed."""
     for name, ok, message in results:
         print(f"{'ok  ' if ok else 'FAIL'}  {name}" + (f": {message}" if message else ""))
     broken = sum(not ok for _, ok, _ in results)

@@ -131,7 +131,7 @@ def _processor() -> Iterator[Finding]:
 
 
 def _folders(out: Path) -> Iterator[Finding]:
-    from clbench.data.admin import cache_folder
+    from clbench.data.cache import cache_folder
 
     for topic, folder in (("cache", cache_folder()), ("results", out)):
         home = folder.resolve()
@@ -152,8 +152,18 @@ def _data(roots: Sequence[Path]) -> Iterator[Finding]:
 
     for folder in filter(None, os.environ.get("CLBENCH_DATA", "").split(os.pathsep)):
         if not Path(folder).is_dir():
-            yield Finding("CLBENCH_DATA", "missing", f"{folder} is not a folder", "set CLBENCH_DATA to where your data sets are")
-    admin.status(roots)
+            advice = "set CLBENCH_DATA to where your data sets are"
+            yield Finding("CLBENCH_DATA", "missing", f"{folder} is not a folder", advice)
+    found = admin.status(roots)
+    usable = [entry.name for entry in found if entry.state not in ("missing", "unusable")]
+    absent = [entry.name for entry in found if entry.state == "missing"]
+    yield Finding("data", "ok", f"found: {', '.join(usable)}")
+    if absent:
+        advice = "`clbench data status` lists them; set CLBENCH_DATA to a folder that has them, or `clbench data fetch NAME`"
+        yield Finding("data", "note", f"{len(absent)} data sets not found", advice)
+    for entry in found:
+        if entry.state == "unusable":
+            yield Finding(f"data {entry.name}", "missing", "cannot be used", entry.advice)
 
 
 def _sentence(error: Exception) -> str:

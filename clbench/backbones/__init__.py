@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from clbench.backbones.provenance import guard
 
 __all__ = [
-    "Backbone", "CosineHead", "FeatureBank", "LinearHead", "build", "fingerprint", "guard", "list_backbones", "native_view",
+    "Backbone", "CosineHead", "FeatureBank", "LinearHead", "build", "fingerprint", "guard", "list_backbones",
+    "native_view",
 ]  # fmt: skip
 
 _HOMES = {
     "Backbone": "backbone", "fingerprint": "backbone", "list_backbones": "catalogue", "build": "factory",
-    "native_view": "factory", "FeatureBank": "features", "CosineHead": "heads", "LinearHead": "heads", "guard": "provenance",
+    "native_view": "factory", "FeatureBank": "features", "CosineHead": "heads", "LinearHead": "heads",
+    "guard": "provenance",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ __all__ = ["EMBEDDED", "Embedded", "list_backbones"]
 class Embedded:
     """A backbone that needs no weights file.
 
-    features: width of the features and for which images. parameters: number of them, for 3 x 32 x 32 images unless said.
+    features: width of the features and for which images. parameters: their number, for 3 x 32 x 32 images unless said.
     options: what `--backbone-set` may change, with its default; a tuple lists the valid words, default first.
     """
 

@@ -1,5 +1,7 @@
 """The built-in backbones (`catalogue.py` has their table): PyTorch's default initialisation, no classifier."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +14,7 @@ __all__ = ["BasicBlock", "SmallResNet18", "make_embedded"]
 Shape = tuple[int, int, int]
 
 
-def make_embedded(name: str, in_shape: Shape, options: dict[str, object]) -> nn.Module:
+def make_embedded(name: str, in_shape: Shape, options: Mapping[str, object]) -> nn.Module:
     """Build `name` for (C, H, W) images; draws from torch's default generator. Raises InputError for a bad option."""
     numbers: dict[str, int] = {}
     words: dict[str, str] = {}
@@ -50,8 +52,8 @@ def mlp(in_shape: Shape, width: int, depth: int) -> nn.Sequential:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, added to the shortcut; ReLU after the sum. The shortcut is the identity, or a
-    1x1 convolution with batch norm where stride or width changes."""
+    """Two 3x3 convolutions with batch norm, added to the shortcut; ReLU after the sum. The shortcut is the identity, or
+    a 1x1 convolution with batch norm where stride or width changes."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -69,9 +71,9 @@ class BasicBlock(nn.Module):
 
 
 class SmallResNet18(nn.Module):
-    """ResNet-18 for small images: 3x3 stem with stride 1, no max-pool, widths nf, 2nf, 4nf, 8nf with strides 1, 2, 2, 2.
+    """ResNet-18 for small images: 3x3 stem with stride 1, no max-pool; widths nf, 2nf, 4nf, 8nf, strides 1, 2, 2, 2.
 
-    pool `avg4`: 4x4 windows with stride 4, then flattened: D = 8nf at 32 px, 4 * 8nf at 64 and at 84 px (rows and columns
+    pool `avg4`: 4x4 windows with stride 4, then flattened: D = 8nf at 32 px, 4 * 8nf at 64 and 84 px (rows and columns
     that fill no window are dropped, as in the original); a map below 4 pixels (images below 25 px) is pooled whole.
     pool `global`: over the whole map, D = 8nf at any size.
     Source: online_baselines card, section 1.
@@ -107,9 +109,11 @@ def vision_transformer(in_shape: Shape, patch: int, width: int, depth: int, head
             f"resize in the view, or give --backbone-set patch=N"
         )
     if width % heads:
-        raise InputError(f"backbone vit-tiny-32 needs a width that is a multiple of its heads, not {width} for {heads} heads")
+        raise InputError(
+            f"backbone vit-tiny-32 needs a width that is a multiple of its heads, not {width} for {heads} heads"
+        )
     net: nn.Module = VisionTransformer(
-        img_size=(height, side), patch_size=patch, in_chans=channels, num_classes=0, global_pool="token", class_token=True,
-        embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=4.0, qkv_bias=True, weight_init="",
+        img_size=(height, side), patch_size=patch, in_chans=channels, num_classes=0, global_pool="token",
+        class_token=True, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=4.0, qkv_bias=True, weight_init="",
     )  # fmt: skip
     return net

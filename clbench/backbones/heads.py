@@ -23,10 +23,10 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes)) if bias else None
 
     def reset(self, rows: Tensor, rng: torch.Generator, std: float | None = 0.02) -> None:
-        """Draw the rows (r,) int64 of weight and bias anew from `rng`; no other row changes, nothing is read to the host.
+        """Draw the rows (r,) int64 of weight and bias anew from `rng`, without a host read; no other row changes.
 
-        std: weights normal with this deviation, cut to [-2, 2], bias 0 (SLCA). None: PyTorch's default for linear layers,
-        weights and bias uniform in +-1/sqrt(D).
+        std: weights normal with this deviation, cut to [-2, 2], bias 0 (SLCA). None: PyTorch's default for linear
+        layers, weights and bias uniform in +-1/sqrt(D).
         """
         weight = torch.empty((len(rows), self.weight.shape[1]), device=rng.device)
         bias = torch.zeros(len(rows), device=rng.device)

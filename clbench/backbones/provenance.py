@@ -31,8 +31,9 @@ TIMM_PARTS = {
     **SPELLINGS, "inw21k": "imagenet21k", "dino": "imagenet", "mae": "imagenet", "bamboo": "bamboo",
     "lvd142m": "lvd142m", "lvd1689m": "lvd1689m", "m30m": "merged30m", "m38m": "merged38m", "sa1b": "sa1b",
     **dict.fromkeys(
-        ("openai", "laion2b", "laion400m", "laiona", "webli", "datacomp1b", "datacompxl", "metaclip", "metaclip2", "dfn2b",
-         "dfn5b", "dfndr2b", "merged2b", "yfcc100m", "yfcc15m", "cc12m", "ig1b", "swag", "seer", "jft", "mclip", "mclip2"),
+        ("openai", "laion2b", "laion400m", "laiona", "webli", "datacomp1b", "datacompxl", "metaclip", "metaclip2",
+         "dfn2b", "dfn5b", "dfndr2b", "merged2b", "yfcc100m", "yfcc15m", "cc12m", "ig1b", "swag", "seer", "jft",
+         "mclip", "mclip2"),
         "web",
     ),
 }  # fmt: skip
@@ -61,7 +62,7 @@ def parse_tags(text: str) -> tuple[str, ...]:
 
 
 def guard(pretrained_on: Sequence[str], images_of: Iterable[str]) -> str | None:
-    """Say why weights pretrained on `pretrained_on` must not meet images that come from `images_of`, or None if they may.
+    """Why weights pretrained on `pretrained_on` must not meet images that come from `images_of`; None if they may.
 
     >>> guard(("imagenet21k",), ("imagenet",))
     'its weights were pretrained on imagenet21k, which has the images of imagenet'

@@ -13,6 +13,7 @@ same one at once. The small arrays are hashed at each opening, the images' size 
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -28,12 +29,24 @@ from clbench.atomic import atomic_write_bytes, explain_os_error, sync_folder
 from clbench.data.sources import Source, module
 from clbench.errors import InputError
 
-__all__ = ["Entry", "Inspection", "cache_folder", "inspect", "open_entry", "sha256_of_file", "write_entry"]
+__all__ = [
+    "NAME",
+    "Entry",
+    "Inspection",
+    "cache_folder",
+    "find_imported",
+    "imported_names",
+    "inspect",
+    "open_entry",
+    "sha256_of_file",
+    "write_entry",
+]
 
 VERSION = 1  # of the layout and of what decoding does; part of every key
 CHUNK = 1 << 22
 STALE_S = 24 * 3600.0  # a half-built folder of this age belongs to a process that died
 ROWS_AT_ONCE = 4096
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")  # of an import
 
 
 def cache_folder() -> Path:
@@ -79,7 +92,11 @@ def inspect(source: Source, *, fresh: bool = False) -> Inspection:
 
     The change time counts too, so that a file that was altered and given its old date back is noticed.
     """
-    place = cache_folder() / "index" / f"{hashlib.sha256(f'{source.kind}:{source.root.resolve()}'.encode()).hexdigest()}.json"
+    place = (
+        cache_folder()
+        / "index"
+        / f"{hashlib.sha256(f'{source.kind}:{source.root.resolve()}'.encode()).hexdigest()}.json"
+    )
     names = [path.relative_to(source.root).as_posix() for path in source.files]
     stat = hashlib.sha256()
     try:
@@ -166,9 +183,9 @@ def save(path: Path, dtype: str, shape: tuple[int, ...], blocks: Iterator[NDArra
     with open(path, "wb") as raw:
         file = HashedFile(raw)
         header = {"descr": dtype, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]  # anything with write() will do
+        np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
-            view = memoryview(np.ascontiguousarray(block, dtype)).cast("B")
+            view = np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data
             file.write(view)
             data.update(view)
         raw.flush()
@@ -243,3 +260,16 @@ def sweep(parent: Path) -> None:
             continue
         if old:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+# -- what was imported -----------------------------------------------------------------------------------------------
+def find_imported(name: str) -> dict[str, Any] | None:
+    """What `clbench data import` noted under a name: {"path", "folder", "content"}; None if there is nothing."""
+    if not NAME.fullmatch(name):
+        return None
+    return read_json(cache_folder() / "imported" / f"{name}.json")
+
+
+def imported_names() -> set[str]:
+    """All names that were given by an import."""
+    return {path.stem for path in (cache_folder() / "imported").glob("*.json")}

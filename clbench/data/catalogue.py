@@ -1,4 +1,4 @@
-"""The catalogue of known data sets, read from `datasets.toml`. Imports no torch, so `clbench list datasets` is quick."""
+"""The catalogue of known data sets, read from `datasets.toml`, without importing torch."""
 
 import tomllib
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ class KnownFile:
 
 @dataclass(frozen=True)
 class Download:
-    """Where the published files can be had: `mirrors` are tried in order, each with a file's name behind it. `to`: their
-    folder inside a data folder."""
+    """Where the published files can be had: `mirrors` are tried in order, each with a file's name behind it.
+    to: their folder inside a data folder."""
 
     mirrors: tuple[str, ...]
     to: str = ""

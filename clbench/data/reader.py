@@ -53,7 +53,8 @@ class Reader:
             pixels = store.image_shape[1] * store.image_shape[2]
             if domains.table.ndim != 2 or domains.table.shape[1] != pixels:
                 raise InputError(
-                    f"the scenario permutes {domains.table.shape[-1]} pixels, but the images of {store.name} have {pixels}"
+                    f"the scenario permutes {domains.table.shape[-1]} pixels, "
+                    f"but the images of {store.name} have {pixels}: build it for this data set"
                 )
             self.permutations = domains.table.to(store.device)
 

@@ -38,9 +38,9 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 class Operation:
-    """One step of a view: `(B, C, H, W)` uint8 or float32 -> the same kind of thing. `u`: (B, draws) uniform in [0, 1)."""
+    """One step of a view: `(B, C, H, W)` uint8 or float32 -> the same kind. u: (B, draws) uniform in [0, 1)."""
 
-    draws: int = 0
+    draws: ClassVar[int] = 0
     in_unit_range: ClassVar[bool] = True  # works on [0, 1], so it may not stand behind normalize or scale
     leaves_unit_range: ClassVar[bool] = False
 
@@ -74,7 +74,7 @@ def scaled(u: Tensor, count: int | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PadCrop(Operation):
-    """`pad_crop(padding[,fill])`: pad all sides with grey level `fill` (0..255), then cut a random window of the old size.
+    """`pad_crop(padding[,fill])`: pad with grey level `fill` (0..255), then cut a random window of the old size.
 
     Draws 2: top, left (uniform integers 0..2*padding). torchvision: RandomCrop(size, padding, fill).
     """
@@ -93,7 +93,8 @@ class PadCrop(Operation):
 
 @dataclass(frozen=True)
 class Flip(Operation):
-    """`flip[(p)]`: mirror left-right with probability p. Draws 1: flipped if u < p. torchvision: RandomHorizontalFlip."""
+    """`flip[(p)]`: mirror left-right with probability p. Draws 1: flipped if u < p.
+    torchvision: RandomHorizontalFlip(p)."""
 
     p: float = field(default=0.5, metadata={"low": 0, "high": 1})
     draws: ClassVar[int] = 1
@@ -149,9 +150,9 @@ def square_inside(shape: Shape, size: int, name: str) -> Shape:
 def resample_weights(start: Tensor, length: Tensor, size: int, out: int, mode: Mode) -> Tensor:
     """Antialiased resampling of the pixels `start .. start + length - 1` of a line of `size` pixels to `out` pixels.
 
-    start, length: (B,) float64 whole numbers. Returns (B, out, size) float32 whose rows sum to 1: result = weights @ line.
-    The filter (triangle; Keys' cubic with a = -0.5) widens with the scale and is cut off at the ends of the piece, as in
-    PIL and in torch's antialiased interpolation.
+    start, length: (B,) float64 whole numbers. Returns (B, out, size) float32, rows sum to 1: result = weights @ line.
+    The filter (triangle; Keys' cubic with a = -0.5) widens with the scale and is cut off at the ends of the piece, as
+    in PIL and in torch's antialiased interpolation.
     """
     scale = (length / out)[:, None, None]
     centre = start[:, None, None] + scale * (torch.arange(out, device=start.device, dtype=start.dtype)[:, None] + 0.5)
@@ -274,7 +275,7 @@ class RandomResizedCrop(Operation):
 
 # -- colour ----------------------------------------------------------------------------------------------------------
 def luma(x: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 1, H, W), ITU-R 601 weights as torchvision has them; grey images pass as they are."""
+    """(B, 3, H, W) in [0, 1] -> (B, 1, H, W), ITU-R 601 weights as torchvision has them; grey images pass."""
     return x if x.shape[1] == 1 else (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
@@ -284,10 +285,10 @@ def blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
 
 def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     """Shift the hue of (B, 3, H, W) in [0, 1] by `turn` (B, 1, 1, 1) of a full circle, through HSV."""
+    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
     value, top = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     saturation = chroma / value.clamp(min=1e-12)
-    red, green, blue = x.split(1, 1)
     safe = chroma.clamp(min=1e-12)
     sector = torch.where(
         top == 0, (green - blue) / safe, torch.where(top == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe)
@@ -344,7 +345,9 @@ class ColorJitter(Operation):
         x = plain = to_unit(x)
         m = len(self.parts)
         order = u[:, 1 + m :].argsort(dim=1, stable=True)
-        for slot in range(m):  # every part is computed in every slot: which image takes which is known on the device only
+        for slot in range(
+            m
+        ):  # every part is computed in every slot: which image takes which is known on the device only
             done = x
             for index, (name, amount) in enumerate(self.parts):
                 changed = self.change(name, x, u[:, 1 + index], amount)
@@ -508,7 +511,7 @@ STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?(?=\s|$)")
 @lru_cache(maxsize=256)
 def parse_view(text: str) -> View:
     """Read a pipeline: operations separated by spaces, arguments in brackets (`name(value,key=value)`); see the classes
-    above. The empty text is the plain image, divided by 255. Raises InputError with the place and what would be valid."""
+    above. The empty text is the plain image, divided by 255. Raises InputError: the place, and what would be valid."""
     operations: list[Operation] = []
     position, text = 0, text.strip()
     while position < len(text):

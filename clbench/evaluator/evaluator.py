@@ -7,6 +7,7 @@ Source: `stability_gap` card; the subset of a group is fixed for the run (card s
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -216,8 +217,8 @@ class Evaluator:
     def _read_subset(self, chosen: Tensor) -> Tensor:
         subset = self.subset
         if self._images is None:
-            shape = self.read.output_shape(self.view)
-            if 4 * len(subset.rows) * torch.Size(shape).numel() > IMAGE_CACHE_BYTES:
+            view_bytes = 4 * math.prod(self.read.output_shape(self.view)) if self.view in self.read.views else 0
+            if view_bytes * len(subset.rows) > IMAGE_CACHE_BYTES:
                 domain = None if subset.domain is None else subset.domain[chosen]
                 return self.read(subset.rows[chosen], domain, self.view)
             self._images = self.read(subset.rows, subset.domain, self.view)

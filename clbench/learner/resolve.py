@@ -6,6 +6,7 @@ user gave. The source of each value is kept beside it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from clbench.scenarios.model import Scenario
 from clbench.stream import Plan, Stream
 
 __all__ = ["Resolved", "make_method", "resolve"]
+
+
+VIEWS = ("train_view", "test_view")
 
 
 @dataclass(frozen=True)
@@ -99,19 +103,15 @@ def resolve(spec: RunSpec) -> Resolved:
         f"method {found.id}",
     )
     options = run_options(spec, recipe, scenario, found.cls)
-    views = {"train": options["train_view"].value, "test": options["test_view"].value}
-
     name, backbone_options, weights = backbone_choice(spec, recipe, store, found)
+    choose_native_views(options, name.value, spec.weights, backbone_options.value)
+    views = {"train": options["train_view"].value, "test": options["test_view"].value}
     network = backbones.build(
         name.value, in_shape=input_shape(store, views["test"]), seed=spec.seed, weights=spec.weights,
         options=backbone_options.value,
     )  # fmt: skip
     contaminated = check_contamination(network, store, name.value, spec.allow_contamination)
     fingerprint = str(network.fingerprint)
-    if "native" in views.values():
-        if network.native_view is None:
-            raise InputError(f"backbone {name.value} has no native view; give --train-view and --test-view")
-        views = {key: str(network.native_view) if text == "native" else text for key, text in views.items()}
     reader = Reader(store, views, scenario.domains)
 
     stream = Stream(
@@ -261,10 +261,31 @@ def backbone_choice(
     return name, options, "--weights" if spec.weights else "backbone"
 
 
+def choose_native_views(
+    options: dict[str, Choice], name: str, weights: Path | None, backbone_options: Mapping[str, Any]
+) -> None:
+    """Replace the view `native` by the pipeline that the backbone's weights were published with, in place. A pretrained
+    timm backbone takes it too where only the scenario, which knows nothing of the backbone, has named a view."""
+    if name in {entry["name"] for entry in backbones.list_backbones()}:
+        native = None
+        wanted = [key for key in VIEWS if options[key].value == "native"]
+    else:
+        pretrained = backbones.parse_option(backbone_options.get("pretrained", True)) is not False
+        native = backbones.native_view(name, weights=weights, pretrained=pretrained)
+        told = weights is not None or pretrained
+        wanted = [k for k in VIEWS if options[k].value == "native" or (told and options[k].source == "scenario")]
+    if wanted and native is None:
+        flags = " and ".join(f"--{key.replace('_', '-')}" for key in wanted)
+        raise InputError(
+            f"which images backbone {name} expects is not known; give {flags}, for example "
+            f'"resize(224,bicubic) normalize(imagenet)"'
+        )
+    for key in wanted:
+        options[key] = Choice(native, f"native view of {name}")
+
+
 def input_shape(store: ImageStore, test_view: str) -> tuple[int, int, int]:
-    """(C, H, W) that the backbone gets; for the view `native`, which it decides itself, the stored shape."""
-    if test_view == "native":
-        return store.image_shape
+    """(C, H, W) that the backbone gets."""
     channels, height, width = data.parse_view(test_view).output_shape(store.image_shape)
     return channels, height, width
 

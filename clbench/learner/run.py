@@ -114,12 +114,11 @@ def attach_features(resolved: Resolved, progress: Progress | None) -> None:
     bank = FeatureBank(
         resolved.backbone, read, resolved.feature_rows(),
         key_parts={
-            "backbone": resolved.identity["backbone_fingerprint"],
             "view": resolved.identity["test_view"],
             "store": store.fingerprint,
-            "precision": resolved.spec.precision,
         },
         device=resolved.device,
+        precision=resolved.spec.precision,
     )  # fmt: skip
     bank.extract(None if progress is None else lambda done, total: progress.stage("extracting features", done, total))
     reader.features = bank

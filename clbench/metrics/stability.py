@@ -113,7 +113,7 @@ def worst_case_accuracy(curve: Curve) -> Estimate | None:
     return _mean(lowest[defined[-1], chosen], curve.totals[chosen])
 
 
-# -- the gap behind a switch -------------------------------------------------------------------------------------------
+# -- the gap behind a switch ------------------------------------------------------------------------------------------
 def dips(curve: Curve) -> Dips:
     """Dip and recovery of every left group in the task right behind its own."""
     found = []
@@ -161,7 +161,7 @@ def recovery(curve: Curve) -> tuple[float | None, int]:
     return (float(back.mean()) if len(back) else None), len(times) - len(back)
 
 
-# -- windows -----------------------------------------------------------------------------------------------------------
+# -- windows ----------------------------------------------------------------------------------------------------------
 def max_drop(values: ArrayLike, window: int) -> float:
     """Largest fall `x[i] - x[i']` with i < i' inside any `window` consecutive values, at least 0. O(n log window).
 
@@ -212,7 +212,7 @@ def area_under_curve(curve: Curve) -> float | None:
     return float((accuracy * weight).sum() / weight.sum())
 
 
-# -- inside ------------------------------------------------------------------------------------------------------------
+# -- inside -----------------------------------------------------------------------------------------------------------
 def _worst_case(curve: Curve) -> tuple[FloatArray, np.ndarray]:
     """(S, G) accuracy now for groups of the current task, running minimum for left ones; and which count, (S, G)."""
     running = np.full(curve.hits.shape, np.nan)

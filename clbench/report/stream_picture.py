@@ -8,7 +8,6 @@ neighbouring tasks differ in lightness, and task switches are lines.
 """
 
 import io
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,7 +110,7 @@ def draw_stream(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -
     for top in (0, *(borders + 1)) if len(borders) else ():
         axes.text(total, top - 0.4, f"level {level[top]} ", ha="right", va="top", fontsize=7)
     if num_classes <= MAX_NAMES:
-        names = [textwrap.shorten(scenario.classes.names[i], 24, placeholder="...") for i in rows]
+        names = [name if len(name) <= 28 else name[:26] + "..." for name in (scenario.classes.names[i] for i in rows)]
         axes.set_yticks(np.arange(num_classes), names, fontsize=7, parse_math=False)
         axes.set_ylabel("class, in the order of its id", fontsize=8)
     else:

@@ -59,21 +59,24 @@ class Checkpoints:
         return path
 
     def load(self, map_location: Any = "cpu") -> Loaded | None:
-        """The newest state that is intact; None if there is none at all. Damaged files are set aside as `.damaged`.
+        """The newest state that is intact; None if there is none at all. Damaged ones are set aside as `.damaged`.
 
         Raises InputError if there are checkpoints but all are damaged.
         """
         import torch
 
+        damaged: list[Path] = []
         notes: list[str] = []
         for path in self._present():
             reason = _damage(path)
             if reason is None:
                 state = torch.load(path, map_location=map_location, weights_only=True)
+                for bad in damaged:
+                    os.replace(bad, bad.with_suffix(".damaged"))
                 return Loaded(state, (*notes, f"went on from checkpoint {path.name}"))
             notes.append(f"checkpoint {path.name} is damaged ({reason}) and was set aside")
-            os.replace(path, path.with_suffix(".damaged"))
-        if notes:
+            damaged.append(path)
+        if damaged:
             raise InputError(
                 f"no checkpoint in {self.folder} is intact; delete that folder to start this run from the beginning, "
                 f"or use --fresh to start anew beside it"

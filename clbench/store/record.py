@@ -217,7 +217,7 @@ class RunRecord:
         self._write_table("losses", {"step": steps, "name": name, "value": values})
 
     def write_predictions(self, rows: ArrayLike, targets: ArrayLike, predictions: ArrayLike) -> None:
-        """predictions.parquet. rows, targets: (N,) of the test set; predictions: (K, N) class ids answered after a task."""
+        """predictions.parquet. rows, targets: (N,) of the test set; predictions: (K, N) class ids, by task."""
         answers = np.asarray(predictions)
         tasks, number = answers.shape
         columns = {

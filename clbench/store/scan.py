@@ -19,7 +19,7 @@ MARKS = {"DONE", *RECORDED}
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run on disk. reason: what is wrong with a damaged one. spec: None if unreadable; summary: empty if unfinished."""
+    """A run on disk. reason: what is wrong with a damaged one. spec: None if unreadable. summary: empty if none."""
 
     path: Path
     state: Literal["done", "unfinished", "damaged"]

@@ -145,10 +145,6 @@ def to_double(method: SLCA) -> None:
     method.recall_weight, method.recall_bias = method.recall_weight.double(), method.recall_bias.double()
 
 
-class Point(tuple[int, int, int, int]):
-    """task, phase, iteration, step of an update that is about to happen (or of a phase's end)."""
-
-
 def iterations(world: World, phase: Phase, task: Task) -> tuple[int, int]:
     """Batches per epoch (0 if the method draws its own), and of the whole phase."""
     if phase.source == "none":
@@ -311,9 +307,8 @@ def test_official_stage_1_loss_and_gradient() -> None:
     rce = (-np.log(1e-4) * (1 - torch.exp(-rows))).mean()
     loss = case["sce_a"] * ce + case["sce_b"] * rce
     loss.backward()
-    assert float(ce) == pytest.approx(case["ce"], abs=1e-9)
-    assert float(rce) == pytest.approx(case["rce"], abs=1e-9)
-    assert float(loss) == pytest.approx(case["loss"], abs=1e-9)
+    for value, key in ((ce, "ce"), (rce, "rce"), (loss, "loss")):
+        assert float(value.detach()) == pytest.approx(case[key], abs=1e-9)
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, torch.tensor(case["grad_logits"], dtype=torch.float64), atol=1e-9, rtol=0)
     assert (logits.grad[:, : case["known"]] == 0).all()
@@ -368,7 +363,8 @@ def reference_slca(world: World, config: SLCAConfig, backbone: nn.Module) -> lis
         backbone.train(slow)
         for iteration in range(total):
             batch = batch_of(world, task, phase, Cursor(index, 0, iteration, 0, 0), per_epoch)
-            logits = torch.cat([h(backbone(batch.images)) for h in heads], dim=1)
+            inputs = backbone(batch.images)
+            logits = torch.cat([head(inputs) for head in heads], dim=1)
             columns = torch.tensor([known + ids.index(int(c)) for c in batch.targets])
             optimizer.zero_grad()
             F.cross_entropy(logits[:, known:], columns - known).backward()
@@ -686,15 +682,18 @@ def test_class_ids_are_only_names() -> None:
     assert torch.equal(answers(a, plain.images), answers(b, other.images)[:, [3, 1, 4, 0, 2]])
 
 
-def test_alignment_helps_old_classes() -> None:
+def test_alignment_helps_where_heads_of_tasks_compete() -> None:
     world = make_world([[0, 1, 2], [3, 4, 5], [6, 7, 8]], rows_per_class=40, inputs=8, seed=3, epochs=10)
-    targets = torch.cat([t.targets for t in world.tasks])
+    world.images += 1.5 * torch.randn(world.images.shape, generator=torch.Generator().manual_seed(1))
+    targets = torch.cat([task.targets for task in world.tasks])
     accuracy = {}
     for align in (True, False):
-        options = {"align": align, "backbone_scale": 0, "ca_samples": 64, "ca_epochs": 5, "ca_lr": 0.05, "milestone": 8}
-        method = finish(make_method(world, **options), world)
+        method = make_method(
+            world, align=align, backbone_scale=0, ca_samples=32, ca_epochs=3, ca_lr=0.05, milestone=8, lr=0.1
+        )
+        finish(method, world)
         accuracy[align] = float((answers(method, world.images).argmax(1) == targets).float().mean())
-    assert accuracy[True] > accuracy[False] + 0.05
+    assert accuracy[True] > accuracy[False] + 0.1  # 0.87 and 0.73 when this was written
 
 
 @pytest.mark.parametrize("config", [{}, {"backbone_scale": 0.0}, {"sampler": "cholesky"}, {"align": False}])

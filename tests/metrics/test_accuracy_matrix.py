@@ -63,7 +63,9 @@ def test_several_groups_per_task_and_groups_of_none() -> None:
     assert m.backward_transfer(matrix, owner) == pytest.approx(-0.3)
 
 
-@pytest.mark.parametrize(("matrix", "owner"), [([0.5], None), (np.empty((0, 2)), None), ([[0.5, 0.5]], [0, 1]), ([[0.5]], [0, 0])])
+@pytest.mark.parametrize(
+    ("matrix", "owner"), [([0.5], None), (np.empty((0, 2)), None), ([[0.5, 0.5]], [0, 1]), ([[0.5]], [0, 0])]
+)
 def test_what_is_no_accuracy_matrix_is_refused(matrix: list, owner: list | None) -> None:
     with pytest.raises(ValueError, match=r"accuracy matrix|group_task"):
         m.final_accuracy(matrix, owner)
@@ -71,7 +73,11 @@ def test_what_is_no_accuracy_matrix_is_refused(matrix: list, owner: list | None)
 
 @given(matrices)
 def test_relations_between_the_conventions(matrix: np.ndarray) -> None:
-    fall, learned, any_peak = m.forgetting(matrix), m.forgetting(matrix, peak="learned"), m.forgetting(matrix, peak="any")
+    fall, learned, any_peak = (
+        m.forgetting(matrix),
+        m.forgetting(matrix, peak="learned"),
+        m.forgetting(matrix, peak="any"),
+    )
     assert fall is not None
     assert learned is not None
     assert any_peak is not None
@@ -83,7 +89,7 @@ def test_relations_between_the_conventions(matrix: np.ndarray) -> None:
     assert 0 <= (m.average_incremental_accuracy(matrix) or 0) <= 1
 
 
-# -- vectors ------------------------------------------------------------------------------------------------------------
+# -- vectors ----------------------------------------------------------------------------------------------------------
 def test_vector_of_the_stability_card() -> None:
     ends = [end - 1 for _, end in STABILITY["task_iteration_ranges"]]
     matrix = [[dict(map(tuple, series)).get(end, np.nan) for series in STABILITY["curves"]] for end in ends]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from curves import TOTAL, Plain, plain_curves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clbench.metrics import Curve, reference, stability
-from tests.metrics.curves import TOTAL, Plain, plain_curves
 
 VECTORS = json.loads((Path(__file__).parent / "fixtures" / "stability_gap.json").read_text())
 CASE = VECTORS["cases"][0]
@@ -24,7 +24,7 @@ def card_curve() -> Plain:
     return Plain(series, ends)
 
 
-# -- vectors ------------------------------------------------------------------------------------------------------------
+# -- vectors ----------------------------------------------------------------------------------------------------------
 def test_vectors_of_minima() -> None:
     curve, expected = card_curve().curve(), CASE["expected"]
     found = stability.min_accuracy(curve)
@@ -69,7 +69,7 @@ def test_vector_of_learning_curve_area() -> None:
     assert stability.learning_curve_area(card_curve().curve(), 100) is None
 
 
-# -- references ---------------------------------------------------------------------------------------------------------
+# -- references -------------------------------------------------------------------------------------------------------
 @given(accuracies, st.integers(1, 45))
 def test_windows_match_the_reference(values: list[float], window: int) -> None:
     drop = reference.windowed_reference(values, window, reference.max_drop_reference)
@@ -104,7 +104,7 @@ def test_dips_match_the_reference(plain: Plain) -> None:
             assert found.recovery[index] == recovery
 
 
-# -- invariants (card section 6) ----------------------------------------------------------------------------------------
+# -- invariants (card section 6) --------------------------------------------------------------------------------------
 @given(plain_curves())
 def test_worst_case_is_below_the_current_mean_where_minima_fell(plain: Plain) -> None:
     curve = plain.curve()
@@ -150,19 +150,21 @@ def test_a_coarser_schedule_can_only_raise_the_minimum(plain: Plain, every: int)
 def test_the_minimum_does_not_rise_as_the_run_goes_on(plain: Plain) -> None:
     before = None
     for step in range(plain.ends[0] + 1, plain.ends[-1] + 1):
-        cut = Plain({k: [(n, a) for n, a in s if n <= step] for k, s in plain.series.items() if s[0][0] <= step}, plain.ends)
+        cut = Plain(
+            {k: [(n, a) for n, a in s if n <= step] for k, s in plain.series.items() if s[0][0] <= step}, plain.ends
+        )
         lows = dict(zip(stability.minima(cut.curve()).group, stability.minima(cut.curve()).lowest, strict=True))
         for task, low in (before or {}).items():
             assert lows[task] <= low
         before = lows
 
 
-# -- definitions at their edges -------------------------------------------------------------------------------------------
+# -- definitions at their edges ---------------------------------------------------------------------------------------
 def test_the_state_before_the_first_update_is_no_candidate() -> None:
     """An evaluation behind a switch but before an update has the weights of the task's end."""
     curve = Curve.of(
-        steps=[1, 2, 2, 3], task=[0, 0, 1, 1], hits=[[5, 0], [9, 0], [2, 1], [7, 4]], totals=[10, 10], group_task=[0, 1],
-        valid=[[1, 0], [1, 0], [1, 1], [1, 1]], task_ends=[2, 3],
+        steps=[1, 2, 2, 3], task=[0, 0, 1, 1], hits=[[5, 0], [9, 0], [2, 1], [7, 4]], totals=[10, 10],
+        valid=[[1, 0], [1, 0], [1, 1], [1, 1]], group_task=[0, 1], task_ends=[2, 3],
     )  # fmt: skip
     assert stability.minima(curve).lowest.tolist() == [0.7]
     assert stability.dips(curve).before.tolist() == [0.9]
@@ -205,7 +207,9 @@ def test_the_sampling_error_is_that_of_binomial_draws() -> None:
     values, errors = [], []
     for draw in rng.binomial(n, truth, (4000, 3)):
         hits = np.array([[n, n, n, n], [*draw, n]])
-        curve = Curve.of(steps=[1, 2], task=[0, 1], hits=hits, totals=[n] * 4, group_task=[0, 0, 0, 1], task_ends=[1, 2])
+        curve = Curve.of(
+            steps=[1, 2], task=[0, 1], hits=hits, totals=[n] * 4, group_task=[0, 0, 0, 1], task_ends=[1, 2]
+        )
         found = stability.min_accuracy(curve)
         assert found is not None
         values.append(found.value)
@@ -239,14 +243,21 @@ def test_a_group_of_no_task_counts_in_windows_alone() -> None:
 
 def test_evaluations_of_future_groups_do_not_count_as_drops() -> None:
     curve = Curve.of(
-        steps=[1, 2, 3], task=[0, 1, 1], hits=[[5, 9], [5, 1], [5, 4]], totals=[10, 10], group_task=[0, 1], task_ends=[1, 3]
+        steps=[1, 2, 3],
+        task=[0, 1, 1],
+        hits=[[5, 9], [5, 1], [5, 4]],
+        totals=[10, 10],
+        group_task=[0, 1],
+        task_ends=[1, 3],
     )
     assert stability.windowed_forgetting(curve, 10).tolist() == [0, 0]
     assert stability.windowed_plasticity(curve, 10) == pytest.approx([0, 0.3])
 
 
 def test_area_under_the_curve_weighs_steps() -> None:
-    even = Curve.of(steps=[0, 2, 4, 6], task=[0] * 4, hits=[[0], [2], [4], [6]], totals=[10], group_task=[0], task_ends=[6])
+    even = Curve.of(
+        steps=[0, 2, 4, 6], task=[0] * 4, hits=[[0], [2], [4], [6]], totals=[10], group_task=[0], task_ends=[6]
+    )
     assert stability.area_under_curve(even) == pytest.approx(0.4)
     dense = Curve.of(steps=[1, 2, 10], task=[0] * 3, hits=[[0], [0], [10]], totals=[10], group_task=[0], task_ends=[10])
     assert stability.area_under_curve(dense) == pytest.approx(0.8)
@@ -263,7 +274,14 @@ def test_area_under_the_curve_weighs_steps() -> None:
     ],
 )
 def test_a_table_that_does_not_fit_is_refused(change: dict, reason: str) -> None:
-    good = {"steps": [1, 2], "task": [0, 1], "hits": [[1, 2], [3, 4]], "totals": [10, 10], "group_task": [0, 1], "task_ends": [1]}
+    good = {
+        "steps": [1, 2],
+        "task": [0, 1],
+        "hits": [[1, 2], [3, 4]],
+        "totals": [10, 10],
+        "group_task": [0, 1],
+        "task_ends": [1],
+    }
     Curve.of(**good)
     with pytest.raises(ValueError, match=reason):
         Curve.of(**{**good, **change})
@@ -287,7 +305,8 @@ def test_speed_of_a_long_curve() -> None:
     ends = np.arange(1, groups + 1) * (steps // groups)
     curve = Curve.of(
         steps=np.arange(1, steps + 1), task=np.repeat(np.arange(groups), steps // groups),
-        hits=rng.integers(0, 200, (steps, groups)), totals=np.full(groups, 200), group_task=np.arange(groups), task_ends=ends,
+        hits=rng.integers(0, 200, (steps, groups)), totals=np.full(groups, 200), group_task=np.arange(groups),
+        task_ends=ends,
     )  # fmt: skip
     assert curve.accuracy.shape == (steps, groups)
     start = time.process_time()

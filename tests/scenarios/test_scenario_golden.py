@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from label_tables import real_layout
 
+from clbench.data.catalogue import dataset
 from clbench.scenarios import build, find, list_scenarios
 from clbench.scenarios.check import check_preset
 
@@ -71,6 +73,13 @@ def test_preset_conforms(id: str) -> None:
     checks = check_preset(preset, [real_layout(name) for name in preset.datasets], 1993)
     assert [check for check in checks if not check.ok] == []
     assert len(checks) == 10
+
+
+def test_layouts_have_the_sizes_of_the_real_data() -> None:
+    for name in {name for row in list_scenarios() for name in row["datasets"]}:
+        table, known = real_layout(name), dataset(name)
+        assert tuple(torch.bincount(table.split.long()).tolist()) == known.rows, name
+        assert int(table.labels.max()) + 1 == known.num_classes, name
 
 
 def test_seeds_matter_where_they_should() -> None:

@@ -22,7 +22,8 @@ KINDS = ("parquet", "cifar", "idx", "tiny_imagenet", "folder")  # in the order t
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one data set. files: all that pixels and labels depend on, sorted; root: what they are named relative to."""
+    """Files of one data set. files: all that pixels and labels depend on, sorted. root: where they are, for messages;
+    they are named relative to it."""
 
     kind: str
     root: Path

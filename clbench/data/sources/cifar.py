@@ -5,7 +5,7 @@ import pickle
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,16 +30,18 @@ ALLOWED = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds arrays, numbers, texts and containers of them; refuses any other class or function, so that a file cannot
-    run code."""
+    """Rebuilds arrays, numbers, texts and containers of them; refuses any other class or function, so that a file
+    cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in the old protocols
-            return lambda text, encoding: text.encode("latin1") if encoding == "latin1" else refuse(module, name)
-        return ALLOWED.get((module, name)) or refuse(module, name)
+            return str.encode
+        if (module, name) not in ALLOWED:
+            refuse(module, name)
+        return ALLOWED[module, name]
 
 
-def refuse(module: str, name: str) -> None:
+def refuse(module: str, name: str) -> NoReturn:
     raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of images has no need of")
 
 
@@ -82,9 +84,13 @@ def unpickle(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:  # damaged pickles raise almost anything
-        raise InputError(f"{path} cannot be read as a CIFAR file ({error}); it is damaged or of another kind") from error
+        raise InputError(
+            f"{path} cannot be read as a CIFAR file ({error}); it is damaged or of another kind"
+        ) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__} where a CIFAR file has a dictionary; get the file again")
+        raise InputError(
+            f"{path} holds a {type(value).__name__} where a CIFAR file has a dictionary; get the file again"
+        )
     return value
 
 
@@ -93,7 +99,9 @@ def read(source: Source, size: int | None) -> Decoded:
     place = source.files[0] if len(source.files) == 1 else source.root
     layout = next((one for one in LAYOUTS if all(name in files for name in (*one[0], *one[1], one[2]))), None)
     if layout is None:
-        raise InputError(f"{place} holds no complete CIFAR data set (found {', '.join(sorted(files)) or 'none of its files'})")
+        raise InputError(
+            f"{place} holds no complete CIFAR data set (found {', '.join(sorted(files)) or 'none of its files'})"
+        )
     train, test, meta_name = layout
     meta = unpickle(place / meta_name, files[meta_name])
     names = tuple(map(str, meta.get("fine_label_names") or meta.get("label_names") or ()))

@@ -1,5 +1,5 @@
-"""The 1,797 handwritten digits that come with scikit-learn: 8x8, 17 grey levels, scaled to 0..255. They have no split of
-their own."""
+"""The 1,797 handwritten digits that come with scikit-learn: 8x8, 17 grey levels, scaled to 0..255. They have no split
+of their own."""
 
 import zlib
 from importlib.util import find_spec

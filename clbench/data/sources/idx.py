@@ -28,7 +28,9 @@ def find(path: Path) -> Source | None:
         return None
     missing = [name for name, file in there.items() if file is None]
     if missing:
-        raise InputError(f"{' and '.join(missing)} (plain or .gz) missing from {path}, which holds {found[0].name}: add it")
+        raise InputError(
+            f"{' and '.join(missing)} (plain or .gz) missing from {path}, which holds {found[0].name}: add it"
+        )
     return Source("idx", path, tuple(sorted(found)))
 
 
@@ -47,7 +49,9 @@ def shape_of(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:
     """The shape in an idx header of unsigned bytes; raises InputError for any other header."""
     end = 4 + 4 * dimensions
     if len(header) < end or header[:4] != bytes((0, 0, 8, dimensions)):
-        raise InputError(f"{path} is not an idx file of unsigned bytes with {dimensions} dimension(s): get the file again")
+        raise InputError(
+            f"{path} is not an idx file of unsigned bytes with {dimensions} dimension(s): get the file again"
+        )
     return tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, end, 4))
 
 

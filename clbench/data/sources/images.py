@@ -16,7 +16,7 @@ from clbench.errors import InputError
 __all__ = ["Canvas", "resize_all"]
 
 EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV", "LAB"}
-# Below this encoded size a thread costs more than it gains: handing over the interpreter lock takes longer than decoding.
+# Below this encoded size a thread costs more than it gains: passing the interpreter lock takes longer than decoding.
 BYTES_WORTH_A_THREAD = 16_384
 Bytes3 = NDArray[np.uint8]
 

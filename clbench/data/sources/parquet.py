@@ -47,12 +47,14 @@ def check_complete(folder: Path, shards: list[Path]) -> None:
         for number in range(int(match["total"])):
             name = f"{match['split']}-{number:0{width}d}-of-{match['total']}"
             if not any(other.startswith(name) for other in there):
-                raise InputError(f"{name}.parquet is missing from {folder}, where {shard.name} says it should be: add it")
+                raise InputError(
+                    f"{name}.parquet is missing from {folder}, where {shard.name} says it should be: add it"
+                )
 
 
 def split_of(source: Source) -> dict[Path, int] | None:
-    """Which split each shard holds, by its name; None if no name says so. Validation shards are test rows where there is
-    no test shard, else training rows."""
+    """Which split each shard holds, by its name; None if no name says so. Validation shards are test rows where there
+    is no test shard, else training rows."""
     words = {}
     for shard in source.files:
         match = SHARD.match(shard.name)
@@ -208,7 +210,9 @@ def encoded(path: Path, row: int, column: Any) -> list[bytes]:
         raise InputError(f"{path}: the image column has type {column.type}; it must be bytes or struct<bytes, path>")
     blobs: list[bytes | None] = column.to_pylist()
     if None in blobs:
-        raise InputError(f"{path}, row {row + blobs.index(None)}: there are no image bytes (a path alone is not enough)")
+        raise InputError(
+            f"{path}, row {row + blobs.index(None)}: there are no image bytes (a path alone is not enough)"
+        )
     return blobs  # type: ignore[return-value]  # no None left, which mypy cannot see
 
 

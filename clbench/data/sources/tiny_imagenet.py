@@ -21,7 +21,9 @@ def find(path: Path) -> Source | None:
         return None
     missing = [name for name in LISTS if not (path / name).is_file()]
     if missing:
-        raise InputError(f"{', '.join(missing)} missing from {path}, which holds the rest of Tiny ImageNet: unpack it again")
+        raise InputError(
+            f"{', '.join(missing)} missing from {path}, which holds the rest of Tiny ImageNet: unpack it again"
+        )
     images = images_below(path / "train") + images_below(path / "val")
     return Source("tiny_imagenet", path, tuple(sorted([*(path / name for name in LISTS), *images])))
 
@@ -39,7 +41,9 @@ def count(source: Source) -> tuple[int, int] | None:
 
 def read(source: Source, size: int | None) -> Decoded:
     wnids = sorted((source.root / LISTS[0]).read_text(encoding="utf-8").split())
-    words = dict(line.split("\t", 1) for line in (source.root / LISTS[1]).read_text(encoding="utf-8").splitlines() if line)
+    words = dict(
+        line.split("\t", 1) for line in (source.root / LISTS[1]).read_text(encoding="utf-8").splitlines() if line
+    )
     notes = (source.root / LISTS[2]).read_text(encoding="utf-8").splitlines()
     of_image = dict(line.split("\t")[:2] for line in notes if line)
     ids = {wnid: index for index, wnid in enumerate(wnids)}

@@ -5,12 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+from curves import Plain, plain_curves
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clbench.errors import InputError
 from clbench.metrics import aggregate, find_metric, list_metrics, summarise, t_quantile
-from tests.metrics.curves import Plain, plain_curves
 
 R = [[0.9, 0.2], [0.6, 0.8]]
 CURVE = Plain({0: [(0, 0.1), (1, 0.9), (2, 0.2), (3, 0.5)], 1: [(2, 0.5), (3, 0.6)]}, [1, 3]).curve()
@@ -52,8 +52,9 @@ def test_every_key_of_the_registry_is_there_and_no_other() -> None:
 
 
 def test_keys_promised_to_readers_of_the_record() -> None:
-    promised = """final_accuracy average_incremental_accuracy forgetting backward_transfer forward_transfer min_accuracy
-        worst_case_accuracy wf_10 wf_100 wp_10 wp_100 stability_gap recovery_iterations a_auc a_last transfer avg last"""
+    promised = """final_accuracy average_incremental_accuracy forgetting backward_transfer forward_transfer
+        min_accuracy worst_case_accuracy wf_10 wf_100 wp_10 wp_100 stability_gap
+        recovery_iterations a_auc a_last transfer avg last"""
     assert set(promised.split()) <= {metric.key for metric in list_metrics()}
     assert find_metric("min_accuracy").sampling_error
     assert find_metric("recovery_iterations").unit == "steps"
@@ -74,11 +75,11 @@ def test_a_summary_is_never_nan(plain: Plain) -> None:
 
 
 def test_list_is_read_without_torch() -> None:
-    code = "import clbench.metrics.registry as r, sys; assert len(r.list_metrics()) > 15; assert 'torch' not in sys.modules"
+    code = "import clbench.metrics as m, sys; assert len(m.list_metrics()) > 15; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# -- several seeds ------------------------------------------------------------------------------------------------------
+# -- several seeds ----------------------------------------------------------------------------------------------------
 def test_aggregate_by_hand() -> None:
     out = aggregate([{"a": 0.5, "b": None}, {"a": 0.7, "b": 0.1}, {"a": 0.9, "b": None}])
     assert out["a"].mean == pytest.approx(0.7)

@@ -1,0 +1,17 @@
+"""All tests: one thread (small operations on shared cores are slower on two), and a data cache of their own."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing a test does touches the user's cache, and nothing in it changes a test."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["CLBENCH_CACHE"] = str(folder)
+    return folder
