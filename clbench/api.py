@@ -86,12 +86,12 @@ def run(
     fresh: start anew beside runs of the same specification, instead of showing or resuming them.
     progress: show it on stderr.
     options: the fields of `clbench.learner.spec.RunSpec`, as `--option` on the command line with `_` for `-`:
-        `order_seed`, `set`, `scenario_params`, `backbone`, `backbone_options`, `weights`, `device`, `precision`, `mask`,
-        `eval_every`, `eval_per_group`, `batch_size`, `epochs`, `train_view`, `test_view`, `data`, `out`,
+        `order_seed`, `set`, `scenario_params`, `backbone`, `backbone_options`, `weights`, `device`, `precision`,
+        `mask`, `eval_every`, `eval_per_group`, `batch_size`, `epochs`, `train_view`, `test_view`, `data`, `out`,
         `allow_contamination`, `checkpoint_every`, `threads`, `keep_weights`, `keep_checkpoint`.
 
-    Raises InputError for what can't be used, RunFailed if a run breaks, KeyboardInterrupt when stopped (its checkpoint is
-    saved: the same call goes on). Runs that are finished by then are kept.
+    Raises InputError for what can't be used, RunFailed if a run breaks, KeyboardInterrupt when stopped (its checkpoint
+    is saved: the same call goes on). Runs that are finished by then are kept.
 
         results = clbench.run("er", "split-digits", seeds="0-2", set={"capacity": 200}, out="results/runs")
         results.mean("final_accuracy")
@@ -193,7 +193,7 @@ def parse_seeds(seeds: int | str | Iterable[int]) -> list[int]:
             raise InputError(f'--seeds is {seeds!r}, write it as "0", "0-4" or "0-2,7"')
         low, high = int(first), int(last if dash else first)
         if high < low or high - low >= MAX_SEEDS:
-            raise InputError(f"--seeds has the range {part.strip()!r}, it must go up and hold at most {MAX_SEEDS} seeds")
+            raise InputError(f"--seeds has the range {part.strip()!r}, it must go up, by less than {MAX_SEEDS}")
         chosen |= dict.fromkeys(range(low, high + 1))
     return list(chosen)
 

@@ -40,7 +40,9 @@ DataOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 ScenarioSetOption = Annotated[
     list[str] | None,
-    typer.Option("--scenario-set", metavar="KEY=VALUE", help="Parameter of the scenario (repeatable), dataset included."),
+    typer.Option(
+        "--scenario-set", metavar="KEY=VALUE", help="Parameter of the scenario (repeatable), dataset included."
+    ),
 ]
 
 
@@ -94,7 +96,8 @@ def run(
     scenario_set: ScenarioSetOption = None,
     backbone: Annotated[str | None, typer.Option(help="Built-in backbone or full timm name.")] = None,
     backbone_set: Annotated[
-        list[str] | None, typer.Option("--backbone-set", metavar="KEY=VALUE", help="Option of the backbone (repeatable).")
+        list[str] | None,
+        typer.Option("--backbone-set", metavar="KEY=VALUE", help="Option of the backbone (repeatable)."),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Backbone weights, safetensors or torch state dict.")
@@ -105,7 +108,8 @@ def run(
         str | None, typer.Option(help="What answers are taken over: seen, all or task; the method's if not given.")
     ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps between evaluations, 0 for none; the scenario's if not given.")
+        int | None,
+        typer.Option(metavar="N", help="Steps between evaluations, 0 for none; the scenario's if not given."),
     ] = None,
     eval_per_group: Annotated[
         int | None, typer.Option(metavar="N", help="Test images of each group per evaluation of the curve.")
@@ -126,7 +130,9 @@ def run(
     ] = False,
     allow_contamination: Annotated[
         bool,
-        typer.Option("--allow-contamination", help="Run a backbone pretrained on the scenario's images; marks the record."),
+        typer.Option(
+            "--allow-contamination", help="Run a backbone pretrained on the scenario's images; marks the record."
+        ),
     ] = False,
     checkpoint_every: Annotated[
         int | None, typer.Option(metavar="N", help="Steps between checkpoints; once a minute if not given.")
@@ -173,8 +179,30 @@ def run(
     try:
         results = api.run(method, scenario, seeds, fresh=fresh, progress=True, **options)
     except KeyboardInterrupt:
-        raise typer.Exit(complain("interrupted; the checkpoint is saved, and the same command goes on from it", 130)) from None
+        raise typer.Exit(
+            complain("interrupted; the checkpoint is saved, and the same command goes on from it", 130)
+        ) from None
     print_results(results)
+
+
+def print_results(results: "Results") -> None:
+    """The final table, and where everything lies."""
+    from clbench.report.table import result_rows, results_table
+
+    summaries = [run.summary for run in results]
+    print()
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(results_table(results.seeds, summaries))
+    else:
+        rows = result_rows(results.seeds, summaries)
+        print_table(list(rows[0]), rows)
+    print()
+    for run in results:
+        print(f"record  {run.path}" + (" (it had been run before)" if run.status == "found" else ""))
+        if (run.path / "curve.png").exists():
+            print(f"curve   {run.path / 'curve.png'}")
 
 
 def print_dry_run(dry: "DryRun") -> None:
@@ -187,7 +215,10 @@ def print_dry_run(dry: "DryRun") -> None:
         if not isinstance(value, dict)
     ]
     rows += [{"what": f"--set {name}", **entry} for name, entry in document["hyperparameters"].items()]
-    rows += [{"what": f"--scenario-set {name}", "value": value, "source": "scenario"} for name, value in document["scenario_params"].items()]
+    rows += [
+        {"what": f"--scenario-set {name}", "value": value, "source": "scenario"}
+        for name, value in document["scenario_params"].items()
+    ]
     print_table(("what", "value", "source"), rows)
     print(f"\neach of {num} runs:" if num > 1 else "\nthe run:")
     print(f"  {cost.num_steps} steps, {cost.num_evaluations} evaluations, {cost.num_parameters} parameters")
@@ -197,7 +228,7 @@ def print_dry_run(dry: "DryRun") -> None:
     )
     print(f"  about {size(cost.memory_bytes)} of memory, up to {size(cost.disk_bytes)} on disk")
     for folder in dry.folders:
-        state = "done, would be shown" if (folder / "DONE").exists() else "unfinished, would go on" if folder.exists() else "new"
+        state = "done" if (folder / "DONE").exists() else "unfinished" if folder.exists() else "new"
         print(f"  {folder} ({state})")
 
 
@@ -350,7 +381,8 @@ def show(
     order_seed: Annotated[int, typer.Option(help="Seed of class and stream order.")] = 0,
     data: DataOption = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Where the picture goes; results/scenarios/<id>.png if not given.")
+        Path | None,
+        typer.Option(metavar="PNG", help="Where the picture goes: results/scenarios/<id>.png if not given."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -419,7 +451,7 @@ def data_verify(
     """Read a data set's files and its cache again and compare. Exit code 1 if something was wrong."""
     from clbench.data import admin
 
-    report([tuple(result) for result in admin.verify(name, tuple(data or ()))])
+    report([(c.what, c.ok, c.detail) for c in admin.verify(name, tuple(data or ()))])
 
 
 @data_app.command("import")
@@ -444,7 +476,7 @@ def doctor(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for run records.")] = RUNS,
     as_json: JsonOption = False,
 ) -> None:
-    """What is installed, which device is used, what is missing and what to do. Exit code 1 if something must be done."""
+    """What is installed, which device is used, what is missing. Exit code 1 if something must be done."""
     from clbench.doctor import examine
 
     findings = list(examine(tuple(data or ()), out))
@@ -460,7 +492,9 @@ def doctor(
 
 @app.command()
 def check(
-    what: Annotated[str, typer.Argument(metavar="FILE", help="A method or scenario file of yours, or the id of a built-in one.")],
+    what: Annotated[
+        str, typer.Argument(metavar="FILE", help="A method or scenario file of yours, or the id of a built-in one.")
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Hyperparameter of a method (repeatable).")
     ] = None,
@@ -471,7 +505,7 @@ def check(
     if kind_of(what) == "method":
         from clbench.learner.check import check_method
 
-        results = [tuple(result) for result in check_method(what, parse_pairs("--set", set_))]
+        results = [(c.name, c.ok, c.message) for c in check_method(what, parse_pairs("--set", set_))]
     else:
         from clbench.data import load
         from clbench.scenarios import registry
@@ -479,7 +513,7 @@ def check(
 
         preset = registry.find(what).with_params(parse_pairs("--scenario-set", scenario_set))
         tables = [load(name, roots=tuple(data or ())).table() for name in preset.datasets]
-        results = [tuple(result) for result in check_preset(preset, tables)]
+        results = [(c.name, c.ok, c.message) for c in check_preset(preset, tables)]
     report(results)
 
 

@@ -133,7 +133,7 @@ def _processor() -> Iterator[Finding]:
 def _folders(out: Path) -> Iterator[Finding]:
     from clbench.data.cache import cache_folder
 
-    for topic, folder in (("cache", cache_folder()), ("results", out)):
+    for topic, folder, option in (("cache", cache_folder(), "CLBENCH_CACHE"), ("results", out, "--out")):
         home = folder.resolve()
         while not home.exists():
             home = home.parent
@@ -141,7 +141,7 @@ def _folders(out: Path) -> Iterator[Finding]:
         state: State = "ok"
         advice = ""
         if not os.access(home, os.W_OK):
-            state, advice = "missing", f"cannot be written: choose another with {'CLBENCH_CACHE' if topic == 'cache' else '--out'}"
+            state, advice = "missing", f"cannot be written: choose another with {option}"
         elif free < 1:
             state, advice = "note", "nearly full: remove what is not needed"
         yield Finding(topic, state, f"{folder}, {free:.1f} GiB free", advice)
@@ -159,7 +159,7 @@ def _data(roots: Sequence[Path]) -> Iterator[Finding]:
     absent = [entry.name for entry in found if entry.state == "missing"]
     yield Finding("data", "ok", f"found: {', '.join(usable)}")
     if absent:
-        advice = "`clbench data status` lists them; set CLBENCH_DATA to a folder that has them, or `clbench data fetch NAME`"
+        advice = "`clbench data status` lists them; set CLBENCH_DATA to where they are, or `clbench data fetch NAME`"
         yield Finding("data", "note", f"{len(absent)} data sets not found", advice)
     for entry in found:
         if entry.state == "unusable":

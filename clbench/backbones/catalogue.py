@@ -53,7 +53,7 @@ EMBEDDED: Mapping[str, Embedded] = {
     "vit-tiny-32": Embedded(
         title="small vision transformer with 4 px patches",
         features="192",
-        parameters="2,692,992",
+        parameters="2,691,648",
         source="clbench; block as in timm's VisionTransformer, width and heads as DeiT-Ti, 6 blocks",
         options={"patch": 4, "width": 192, "depth": 6, "heads": 3},
     ),

@@ -152,8 +152,8 @@ class FeatureBank:
         """
         if domain is not None:
             raise InputError(
-                "features of a frozen backbone are kept for the stored images only, and this scenario changes pixels by "
-                "domain: choose a method that reads images, or a scenario without domains"
+                "features of a frozen backbone are kept for the stored images only, and this scenario changes pixels "
+                "by domain: choose a method that reads images, or a scenario without domains"
             )
         if self._features is None:
             raise RuntimeError("call extract() before asking a feature bank for features")
@@ -222,8 +222,8 @@ def write_at(handle: int, content: bytes, offset: int) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that ends with the process, however it ends. Where there is no flock, two processes only do
-    the same work twice: a block of mixed bytes does not match its digest."""
+    """Hold an exclusive lock that ends with the process, however it ends. Where there is no flock, two processes only
+    do the same work twice: a block of mixed bytes does not match its digest."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with contextlib.suppress(ImportError):

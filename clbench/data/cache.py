@@ -92,11 +92,8 @@ def inspect(source: Source, *, fresh: bool = False) -> Inspection:
 
     The change time counts too, so that a file that was altered and given its old date back is noticed.
     """
-    place = (
-        cache_folder()
-        / "index"
-        / f"{hashlib.sha256(f'{source.kind}:{source.root.resolve()}'.encode()).hexdigest()}.json"
-    )
+    origin = f"{source.kind}:{(source.files[0] if len(source.files) == 1 else source.root).resolve()}"
+    place = cache_folder() / "index" / f"{hashlib.sha256(origin.encode()).hexdigest()}.json"
     names = [path.relative_to(source.root).as_posix() for path in source.files]
     stat = hashlib.sha256()
     try:

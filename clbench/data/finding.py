@@ -124,7 +124,8 @@ def missing(entry: Dataset, folders: Sequence[Path], others: Sequence[str]) -> M
         files = ", ".join(f"{to}{name}" for name in entry.archives)
         how = f"put {files} (or {shards}) into {where}; or run `clbench data fetch {entry.name}` or {importing}"
     else:
-        how = f"put {shards} into {where}, or run {importing}"
+        standard = "".join(f"the folder {place}, or " for place in entry.places)
+        how = f"put {standard}{shards} into {where}, or run {importing}"
     seen = f"; {'; '.join(others)}" if others else ""
     return Missing(f"dataset {entry.name} is not on this machine: {how}{seen}")
 

@@ -53,7 +53,7 @@ def estimate(resolved: Resolved, seconds: float = TRIAL_SECONDS) -> Estimate:
     scenario, plans, method = resolved.scenario, resolved.plans, resolved.method
     extract_s, feature_bytes = 0.0, 0
     if method.view == "features":
-        rows, width = resolved.feature_rows(), resolved.backbone.num_features
+        rows, width = resolved.feature_rows(), int(str(resolved.backbone.num_features))
         extract_s = len(rows) * seconds_per_image(resolved, resolved.backbone)
         feature_bytes = len(rows) * width * 4
         resolved.reader.features = random_features(width)  # of the right shape: what they say costs nothing
@@ -69,13 +69,15 @@ def estimate(resolved: Resolved, seconds: float = TRIAL_SECONDS) -> Estimate:
     evaluations, images = 0, len(plans) * sum(sizes)
     for index, task in enumerate(plans):
         count = resolved.schedule.count(sum(plan.steps for plan in task))
-        active = [n for n, group in zip(sizes, scenario.groups, strict=True) if group.task is None or group.task <= index]
+        tested = [len(group.rows) for group in scenario.groups if group.task is None or group.task <= index]
         evaluations += count
-        images += count * sum(min(n, resolved.per_group) for n in active)
+        images += count * sum(min(n, resolved.per_group) for n in tested)
     evaluate_s = images * seconds_per_image(resolved, answer_of(resolved), method.view)
 
     steps = sum(plan.steps for task in plans for plan in task)
-    record = evaluations * len(sizes) * CURVE_ROW + steps * num_losses * LOSS_ROW + len(plans) * sum(sizes) * PREDICTION_ROW
+    record = (
+        evaluations * len(sizes) * CURVE_ROW + steps * num_losses * LOSS_ROW + len(plans) * sum(sizes) * PREDICTION_ROW
+    )
     parameters = {id(p): p.numel() for module in method.modules() for p in module.parameters()}
     return Estimate(
         num_steps=steps,
@@ -91,7 +93,10 @@ def estimate(resolved: Resolved, seconds: float = TRIAL_SECONDS) -> Estimate:
 
 
 def trial(resolved: Resolved, seconds: float) -> tuple[int, float, int, int]:
-    """Run the real learner until the time is up: steps taken, seconds per step, bytes of a checkpoint, losses per step."""
+    """Run the real learner until the time is up.
+
+    Returns steps taken, seconds per step, bytes of a checkpoint, losses per step.
+    """
     sizes = [0]
 
     def measure(state: dict[str, Any]) -> None:

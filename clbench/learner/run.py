@@ -170,14 +170,16 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
 
 
 def weights_of(method: Method) -> dict[str, torch.Tensor]:
-    """Deployed weights by module attribute and parameter name."""
+    """Deployed weights: the parameters and buffers of the method's modules as `attribute.name`, and the tensors it keeps
+    itself (prototypes, statistics) as `attribute`. Contiguous CPU tensors."""
+    found: dict[str, torch.Tensor] = {}
     with method.deployed():
-        return {
-            f"{attribute}.{key}": value.detach().cpu().contiguous().clone()
-            for attribute, module in vars(method).items()
-            if isinstance(module, nn.Module)
-            for key, value in module.state_dict().items()
-        }
+        for attribute, value in vars(method).items():
+            if isinstance(value, nn.Module):
+                found |= {f"{attribute}.{key}": tensor for key, tensor in value.state_dict().items()}
+            elif isinstance(value, torch.Tensor) and not attribute.startswith("_"):
+                found[attribute] = value
+        return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
 
 
 def weights_digest(method: Method) -> str:

@@ -7,6 +7,8 @@ switch, so that no dip is lost.
 """
 
 import io
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,8 +37,7 @@ INK, FAINT = "0.15", "0.88"
 
 
 class Line(NamedTuple):
-    """What is drawn of one series: (n,) position, and mean, lowest and highest accuracy there, and the very last one, in
-    percent."""
+    """What is drawn of a series: (n,) position, mean, lowest and highest percentage there; and the last of all."""
 
     step: FloatArray
     mean: FloatArray
@@ -46,10 +47,13 @@ class Line(NamedTuple):
 
 
 def draw(run: Path) -> Path | None:
-    """Draw `curve.png` into a run's folder, unless it is there. None if the run has no curve, as evaluation was off."""
+    """Draw `curve.png` into a run's folder, unless it is there. None if there is no curve (evaluation was off), or no
+    matplotlib (a bare compute node)."""
     path = run / "curve.png"
     if path.exists():
         return path
+    if find_spec("matplotlib") is None:
+        return None
     record = RunRecord(run)
     curve, spec = record.read_curve(), record.read_spec()
     if not len(curve.steps):
@@ -101,7 +105,15 @@ def figure(curve: Curve, title: str = "") -> "Figure":
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     handles = [
         Line2D([], [], label="mean over the tasks so far", **look),
-        Line2D([], [], color="0.5", marker="v", markeredgecolor="black", linewidth=0, label="lowest point since its task ended"),
+        Line2D(
+            [],
+            [],
+            color="0.5",
+            marker="v",
+            markeredgecolor="black",
+            linewidth=0,
+            label="lowest point since its task ended",
+        ),
         Line2D([], [], color="0.35", linewidth=0.8, linestyle=(0, (2, 2)), label="task switch"),
     ]
     page.legend(
@@ -141,11 +153,11 @@ def thin(steps: IntArray, values: FloatArray, task: IntArray, columns: int = COL
 
 
 def spread(wanted: FloatArray, gap: float, low: float, high: float) -> FloatArray:
-    """(n,) positions near `wanted`, in the same order, at least `gap` apart and inside [low, high] as far as they fit."""
+    """(n,) positions near `wanted`, in the same order, at least `gap` apart and inside [low, high] if they fit."""
     order = np.argsort(wanted, kind="stable")
     gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
     ranks = np.arange(len(wanted)) * gap
-    # with the ranks taken off, the nearest ordered positions are those of isotonic regression: pool what is out of order
+    # with the ranks taken off, the nearest ordered positions are an isotonic regression: pool what is out of order
     blocks: list[tuple[float, int]] = []
     for value in wanted[order] - ranks:
         blocks.append((float(value), 1))
@@ -206,8 +218,8 @@ def _rows(axes: "Axes", curve: Curve) -> None:
         axes.axhline(base, color=FAINT, linewidth=0.6, zorder=0)
         if groups <= MAX_NAMES:
             axes.text(
-                1.01, base + tall / 2, f"{line.last:.0f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8,
-                color=INK, clip_on=False,
+                1.01, base + tall / 2, f"{line.last:.0f}", transform=axes.get_yaxis_transform(), va="center",
+                fontsize=8, color=INK, clip_on=False,
             )  # fmt: skip
     heights = groups - 1 - lows.group + tall * lows.lowest
     axes.scatter(lows.step, heights, c=colours[lows.group], **LOWEST)
@@ -215,14 +227,16 @@ def _rows(axes: "Axes", curve: Curve) -> None:
     axes.set_yticks(groups - 1 - named + tall / 2, [_short(curve.groups[group]) for group in named], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(0, groups)
-    axes.set_title("each task, 0 to 100 %; at the right its accuracy (%) at the end", loc="left", fontsize=8, color="0.35")
+    axes.set_title(
+        "each task, 0 to 100 %; at the right its accuracy (%) at the end", loc="left", fontsize=8, color="0.35"
+    )
 
 
 def _number_tasks(axes: "Axes", curve: Curve) -> None:
     """The tasks' numbers above, as far as there is room for them."""
     last = max(int(curve.steps[-1]), 1)
     edges = [0, *(int(end) for end in curve.task_ends if end < last), last]
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, end) in enumerate(pairwise(edges)):
         if end - start >= last / 60:
             text = f"task {number}" if end - start >= last / 14 else str(number)
             axes.text((start + end) / 2, 103, text, ha="center", va="bottom", fontsize=8, color="0.35", clip_on=False)

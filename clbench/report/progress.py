@@ -23,7 +23,7 @@ def live_progress(label: str, stream: TextIO | None = None) -> BarProgress | Lin
 
 
 class BarProgress:
-    """A bar with steps, rate, time left, task, phase and current accuracy. Implements `clbench.learner.learner.Progress`.
+    """A bar with steps, rate, time left, task, phase and current accuracy; see `clbench.learner.learner.Progress`.
 
     A context manager: leaving it leaves the last state of the bar on the screen.
     """

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import Flat, assert_survives_kill, learner_for, make_store, rows_of, run, split_scenario
+from tiny import Flat, assert_survives_kill, equal, learner_for, make_store, rows_of, run, split_scenario
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -420,8 +420,6 @@ def test_evaluation_does_not_disturb(scenario, method) -> None:
         run(learner_for(scenario(), method, store=make_store(), schedule=schedule, backbone=Dropped)).method.state_dict()
         for schedule in (Schedule(0), Schedule(10), Schedule(1))
     ]
-    from tiny import equal
-
     assert equal(states[0], states[1])
     assert equal(states[0], states[2])
 

@@ -169,9 +169,11 @@ def batch_of(world: World, task: Task, phase: Phase, at: Cursor, per_epoch: int)
     return Batch(world.images[rows], task.targets[chosen], rows, None, seen, at, phase, epoch)
 
 
-def drive(method: SLCA, world: World, resume: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+def drive(
+    method: SLCA, world: World, resume: dict[str, Any] | None = None, autocast: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Run everything, yielding a checkpoint after every step (`inside` a phase) and after every task. `resume`: a
-    checkpoint to go on from."""
+    checkpoint to go on from. autocast: phases whose steps are run in bf16 where a method lets them."""
     at, inside, state = Cursor(0, 0, 0, 0, 0), False, None
     if resume is not None:
         at, inside, state = resume["at"], resume["inside"], resume["method"]
@@ -195,7 +197,8 @@ def drive(method: SLCA, world: World, resume: dict[str, Any] | None = None) -> I
             method.load_state_dict(state)
             state = None
         while at.iteration < total:
-            with forbid_host_reads():
+            bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=phase.name in autocast)
+            with forbid_host_reads(), bf16:
                 losses = method.step(batch_of(world, task, phase, at, per_epoch))
             at = at._replace(iteration=at.iteration + 1, step=at.step + 1)
             yield {"at": at, "inside": True, "losses": losses, "phase": phase.name}
@@ -204,8 +207,8 @@ def drive(method: SLCA, world: World, resume: dict[str, Any] | None = None) -> I
         at = at._replace(phase=at.phase + 1, iteration=0)
 
 
-def finish(method: SLCA, world: World, resume: dict[str, Any] | None = None) -> SLCA:
-    for _ in drive(method, world, resume):
+def finish(method: SLCA, world: World, **options: Any) -> SLCA:
+    for _ in drive(method, world, **options):
         pass
     return method
 
@@ -712,6 +715,24 @@ def test_resume_anywhere_is_bit_identical(config: dict[str, Any], monkeypatch: p
         rest = [point["losses"] for point in drive(resumed, world, checkpoint)]
         assert same(saved(resumed), final), f"resumed at {checkpoint['at']} ({checkpoint['phase']})"
         assert same(rest, losses[number + 1 :])
+
+
+def test_an_object_that_has_run_can_be_set_back() -> None:
+    world = make_world(((0, 1), (2,)), rows_per_class=4)
+    method = make_method(world, ca_epochs=1)
+    checkpoints = [point | {"method": saved(method)} for point in drive(method, world)]
+    final = saved(method)
+    middle = next(point for point in checkpoints if point["phase"] == "align")
+    assert same(saved(finish(method, world, resume=middle)), final)
+
+
+def test_gaussians_are_in_full_precision_whatever_the_run_is_in() -> None:
+    world = make_world()
+    full = finish(make_method(world), world)
+    mixed = finish(make_method(world), world, autocast=("statistics", "align"))
+    assert same(saved(mixed), saved(full))
+    mixed = finish(make_method(world), world, autocast=("train",))
+    assert not same(saved(mixed), saved(full))
 
 
 def test_memory_is_reported() -> None:

@@ -1,6 +1,6 @@
 import time
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -245,6 +245,17 @@ def test_capped_subsets_are_nested_and_depend_on_their_own_seed() -> None:
     assert rows(per_class=5) < rows(per_class=20) < rows(per_class=10**6)
     assert rows(per_class=20) != rows(per_class=20, subset_seed=1)
     assert Counter(row % 3 for row in rows(per_class=20)) == {0: 20, 1: 20, 2: 20}
+
+
+def test_a_class_keeps_its_rows_whatever_else_is_in_use() -> None:
+    table = balanced("toy", 600, 60, 3)
+    cut = Params(tasks=1, per_class=20, val_share=0.25)
+    everything = build([table], 0, cut).tasks[0]
+    alone = build([table], 0, replace(cut, order=(2,))).tasks[0]
+    assert alone.rows.tolist() == everything.rows[everything.targets == 2].tolist()
+    assert everything.val is not None
+    assert alone.val is not None
+    assert alone.val[0].tolist() == everything.val[0][everything.val[1] == 2].tolist()
 
 
 def test_coarse_labels() -> None:

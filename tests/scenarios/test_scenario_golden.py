@@ -21,9 +21,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "scenarios.json"
 SEEDS = (0, 1993)
 
 
-def statistics(id: str) -> dict[str, Any]:
-    """What is pinned of a preset, on a label table with the sizes of the real data set."""
-    preset = find(id)
+def statistics(key: str) -> dict[str, Any]:
+    """What is pinned of a preset and parameters, on a label table with the sizes of the real data set."""
+    id, *given = key.split(" ")
+    preset = find(id).with_params(dict(item.split("=") for item in given))
     built = {seed: build(preset, [real_layout(name) for name in preset.datasets], seed) for seed in SEEDS}
     scenario = built[SEEDS[0]]
     return {
@@ -43,27 +44,32 @@ def pinned() -> dict[str, Any]:
 
 
 IDS = [row["id"] for row in list_scenarios()]
+WITH_PARAMETERS = [
+    "split-cifar100@1 per_class=50 val_share=0.1",
+    "split-cifar100@1 label_level=0 setting=task tasks=6",
+    "online-split-cifar10@1 order=3,9,1 shuffle=false tasks=2",
+]
 
 
-@pytest.mark.parametrize("id", IDS)
-def test_preset_is_as_pinned(id: str) -> None:
-    golden, found = pinned(), statistics(id)
-    if id not in golden and os.environ.get("CLBENCH_PIN"):
+@pytest.mark.parametrize("key", IDS + WITH_PARAMETERS)
+def test_table_is_as_pinned(key: str) -> None:
+    golden, found = pinned(), statistics(key)
+    if key not in golden and os.environ.get("CLBENCH_PIN"):
         GOLDEN.parent.mkdir(exist_ok=True)
-        entries = {**golden, id: found}
-        lines = [f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries)]
+        golden[key] = found
+        lines = [f"{json.dumps(name)}: {json.dumps(golden[name])}" for name in sorted(golden)]
         GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        golden = entries
-    assert id in golden, f"{id} is not pinned: see the head of this file"
+    assert key in golden, f"{key} is not pinned: see the head of this file"
+    id = key.split(" ")[0]
     name, version = id.split("@")
-    assert found == golden[id], (
-        f"the table of {id} has changed, and results under this id are no longer comparable: leave {id} as it was, and "
-        f"give the changed table a new version, {name}@{int(version) + 1}, in presets.toml"
+    assert found == golden[key], (
+        f"the table of {key} has changed, and results under this id are no longer comparable: leave {id} as it was, "
+        f"and give the changed table a new version, {name}@{int(version) + 1}, in presets.toml"
     )
 
 
 def test_nothing_pinned_has_gone() -> None:
-    missing = set(pinned()) - set(IDS)
+    missing = {key.split(" ")[0] for key in pinned()} - set(IDS)
     assert not missing, f"{sorted(missing)} can no longer be built; old versions stay in presets.toml"
 
 

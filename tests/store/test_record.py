@@ -358,7 +358,7 @@ def test_kill_9_while_writing_loses_nothing_that_was_saved(tmp_path: Path) -> No
     )
     try:
         assert writer.stdout is not None
-        for _ in range(25):
+        for _ in range(10):
             said = int(writer.stdout.readline())
     finally:
         writer.kill()

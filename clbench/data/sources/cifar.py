@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 as published for Python: pickles in a folder or in the tar.gz. Source: the data sets' page."""
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -71,7 +72,9 @@ def contents(source: Source) -> dict[str, bytes]:
     try:
         if len(source.files) > 1:
             return {path.name: path.read_bytes() for path in source.files}
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as packed:
+            whole = io.BytesIO(packed.read())  # to the end, where gzip has its checksum; tarfile stops before
+        with tarfile.open(fileobj=whole) as tar:
             members = [member for member in tar if member.isfile() and Path(member.name).name in wanted]
             return {Path(member.name).name: tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]  # a file has content
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:

@@ -100,7 +100,10 @@ def learner_for(
     store = store or make_store(len(scenario.classes))
     reader = Reader(store, views or {"train": "", "test": ""}, scenario.domains)
     stream = Stream(scenario, reader, seed=seed)
-    made = make_method(method, config if config is not None else method.Config(), backbone(), scenario, stream)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        network = backbone()
+    made = make_method(method, config if config is not None else method.Config(), network, scenario, stream)
     evaluator = Evaluator(
         scenario, reader, view=made.view, per_group=200, slots=10, seed=seed,
         mask=mask or ("task" if scenario.setting == "task" else method.mask),

@@ -1,0 +1,86 @@
+"""The final table of a command: a row per run, then mean, spread and 95 % interval over the seeds.
+
+Fractions are shown in percent with one decimal, recovery in steps. Narrow enough for a terminal of 80 columns.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from clbench.metrics import Metric, aggregate, find_metric, list_metrics
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["main_metrics", "result_rows", "results_table"]
+
+Row = dict[str, str]
+NOTE = "accuracies in percent, recovery in steps"
+SAMPLING = "; subset ±: sampling error of the evaluation subsets"
+NEVER = "; * without tasks that never recovered"
+
+
+def main_metrics() -> list[str]:
+    """Keys of the metrics that a table shows unless told otherwise."""
+    return [metric.key for metric in list_metrics() if metric.main]
+
+
+def result_rows(
+    seeds: Sequence[int], summaries: Sequence[Mapping[str, Any]], metrics: Iterable[str] | None = None
+) -> list[Row]:
+    """The table as plain rows: `run` and the title of each metric -> text, `-` where a metric is not defined.
+
+    summaries: the flat summaries of finished runs, one per seed.  metrics: keys; those of `main_metrics` by default.
+    Rows: one per seed; with several also `mean`, `std` (n - 1) and `95 % ±` (half width of the t interval of the mean);
+    then `subset ±`, the largest sampling error of any of the runs. Raises InputError for an unknown metric.
+    """
+    chosen = [find_metric(key) for key in (main_metrics() if metrics is None else metrics)]
+    rows = [
+        {"run": f"seed {seed}", **{metric.title: of_run(metric, summary) for metric in chosen}}
+        for seed, summary in zip(seeds, summaries, strict=True)
+    ]
+    found = aggregate({metric.key: summary.get(metric.key) for metric in chosen} for summary in summaries)
+    if len(rows) > 1:
+        for name, field in (("mean", "mean"), ("std", "std"), ("95 % ±", "half_width")):
+            values = {m.title: getattr(found[m.key], field) if m.key in found else None for m in chosen}
+            rows.append({"run": name, **{m.title: number(m, values[m.title]) for m in chosen}})
+    errors = {m.title: [s[f"{m.key}_se"] for s in summaries if s.get(f"{m.key}_se") is not None] for m in chosen}
+    if any(errors.values()):
+        rows.append({"run": "subset ±", **{m.title: number(m, max(errors[m.title], default=None)) for m in chosen}})
+    return rows
+
+
+def results_table(
+    seeds: Sequence[int],
+    summaries: Sequence[Mapping[str, Any]],
+    *,
+    title: str | None = None,
+    metrics: Iterable[str] | None = None,
+) -> "Table":
+    """`result_rows` as a table for `rich.console.Console.print`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = result_rows(seeds, summaries, metrics)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    table.title, table.title_justify = (Text(title) if title else None), "left"
+    for index, name in enumerate(rows[0] if rows else ()):
+        # one word per line: narrow columns, and no word is cut
+        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", vertical="bottom")
+    for index, row in enumerate(rows):
+        table.add_row(*row.values(), style="bold" if row["run"] == "mean" else "dim" if index > len(seeds) else None)
+    cells = [text for row in rows for text in row.values()]
+    note = NOTE + SAMPLING * ("subset ±" in cells) + NEVER * any(text.endswith("*") for text in cells)
+    table.caption = Text(note, style="dim")
+    return table
+
+
+def of_run(metric: Metric, summary: Mapping[str, Any]) -> str:
+    text = number(metric, summary.get(metric.key))
+    return text + "*" if metric.key == "recovery_iterations" and summary.get("recovery_missing") else text
+
+
+def number(metric: Metric, value: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{100 * value if metric.unit == 'fraction' else value:.1f}"
+    return "0.0" if text == "-0.0" else text

@@ -1,0 +1,45 @@
+"""The schedule: what it counts, and that the fitted one keeps to its budget."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clbench.evaluator import Schedule, fit_schedule
+
+
+@given(st.integers(0, 50), st.integers(0, 20), st.integers(0, 300))
+def test_count_is_the_number_of_due_steps_and_the_end(every: int, dense: int, steps: int) -> None:
+    schedule = Schedule(every, dense)
+    due = {n for n in range(1, steps + 1) if schedule.due(n)}
+    if every and steps:
+        due.add(steps)
+    assert schedule.count(steps) == len(due)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(1, 64), st.integers(1, 2000)), min_size=1, max_size=8),
+    st.integers(0, 40),
+)
+def test_fitted_schedule_costs_no_more_than_training(tasks: list[tuple[int, int, int]], dense: int) -> None:
+    steps = [n for n, _, _ in tasks]
+    trained = [n * batch for n, batch, _ in tasks]
+    tested = [images for _, _, images in tasks]
+    schedule = fit_schedule(steps, trained, tested, dense)
+
+    def cost(candidate: Schedule) -> int:
+        return sum(candidate.count(n) * images for n, images in zip(steps, tested, strict=True))
+
+    assert schedule.every >= 1
+    ends_alone = cost(Schedule(max(steps) or 1, 0))
+    if cost(schedule) > 3 * sum(trained):  # the ends of the tasks alone may be dearer than tiny tasks
+        assert cost(schedule) == ends_alone
+    elif schedule.every > 1:  # and it is the densest that fits
+        assert cost(Schedule(schedule.every - 1, schedule.dense)) > 3 * sum(trained)
+
+
+def test_a_cheap_evaluation_happens_at_every_step() -> None:
+    assert fit_schedule([100, 100], [6400, 6400], [50, 100], 10) == Schedule(1, 0)
+
+
+def test_zero_means_never() -> None:
+    assert Schedule(0, 5).count(100) == 0
+    assert not Schedule(0, 5).due(1)

@@ -1,0 +1,54 @@
+"""The final table, as rows and on a narrow terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from clbench.errors import InputError
+from clbench.metrics import find_metric
+from clbench.report.table import main_metrics, result_rows, results_table
+
+FIRST = {
+    "final_accuracy": 0.8, "forgetting": -0.0001, "min_accuracy": 0.5, "min_accuracy_se": 0.02, "wf_10": None,
+    "recovery_iterations": 4.0, "recovery_missing": 0,
+}  # fmt: skip
+SECOND = {
+    "final_accuracy": 0.9, "forgetting": 0.1, "min_accuracy": 0.6, "min_accuracy_se": 0.03, "wf_10": None,
+    "recovery_iterations": 5.5, "recovery_missing": 2,
+}  # fmt: skip
+RUNS = [FIRST, SECOND]
+
+
+def test_rows_by_hand() -> None:
+    rows = result_rows([3, 5], RUNS, ["final_accuracy", "forgetting", "min_accuracy", "wf_10", "recovery_iterations"])
+    assert [list(row.values()) for row in rows] == [
+        ["seed 3", "80.0", "0.0", "50.0", "-", "4.0"],
+        ["seed 5", "90.0", "10.0", "60.0", "-", "5.5*"],
+        ["mean", "85.0", "5.0", "55.0", "-", "4.8"],
+        ["std", "7.1", "7.1", "7.1", "-", "1.1"],
+        ["95 % ±", "63.5", "63.6", "63.5", "-", "9.5"],
+        ["subset ±", "-", "-", "3.0", "-", "-"],
+    ]
+
+
+def test_one_seed_has_no_spread() -> None:
+    assert [row["run"] for row in result_rows([0], RUNS[:1])] == ["seed 0", "subset ±"]
+    assert [row["run"] for row in result_rows([0], RUNS[:1], ["final_accuracy"])] == ["seed 0"]
+
+
+def test_an_unknown_metric_is_named() -> None:
+    with pytest.raises(InputError, match="did you mean 'final_accuracy'"):
+        result_rows([0], RUNS[:1], ["final_acuracy"])
+
+
+def test_it_fits_80_columns_without_cutting_a_word() -> None:
+    text = io.StringIO()
+    Console(file=text, width=80).print(results_table([0, 1], RUNS, title="er on split-digits@1 [bold]"))
+    shown = text.getvalue()
+    assert "…" not in shown
+    assert "er on split-digits@1 [bold]" in shown
+    assert "never recovered" in shown
+    titles = [find_metric(key).title for key in main_metrics()]
+    assert {word for title in titles for word in title.split()} <= set(shown.split())
+    assert len(titles) == 7
