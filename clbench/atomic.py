@@ -21,6 +21,8 @@ def explain_os_error(error: OSError, path: Path, doing: str = "write") -> Clbenc
             f"cannot {doing} {path}: the disk is full ({error.strerror}); free some space and run it again"
         )
     reason = error.strerror or str(error)
+    if isinstance(error, FileExistsError):  # what making a folder says of a file that is in its place
+        reason = f"{error.filename} is a file, not a folder"
     return InputError(f"cannot {doing} {path}: {reason}; check the path and its permissions, or choose another folder")
 
 

@@ -109,9 +109,7 @@ def vision_transformer(in_shape: Shape, patch: int, width: int, depth: int, head
             f"resize in the view, or give --backbone-set patch=N"
         )
     if width % heads:
-        raise InputError(
-            f"backbone vit-tiny-32 needs a width that is a multiple of its heads, not {width} for {heads} heads"
-        )
+        raise InputError(f"backbone vit-tiny-32 needs a width that its heads divide, not {width} for {heads} heads")
     net: nn.Module = VisionTransformer(
         img_size=(height, side), patch_size=patch, in_chans=channels, num_classes=0, global_pool="token",
         class_token=True, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=4.0, qkv_bias=True, weight_init="",

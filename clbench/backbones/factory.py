@@ -73,6 +73,8 @@ def build(
     feature = one_of("feature", own.pop("feature", FEATURE[0]), FEATURE)
     pretrained = one_of("pretrained", own.pop("pretrained", pretrained), (True, False))
     weights = None if weights is None else Path(weights)
+    if len(in_shape) != 3 or min(in_shape) < 1:
+        raise InputError(f"backbone {name} needs images of shape (C, H, W), not {tuple(in_shape)}; check the view")
     with initial_draws(seed):
         if name in EMBEDDED:
             made = from_catalogue(name, in_shape, weights, own)

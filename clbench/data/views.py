@@ -173,7 +173,7 @@ def resample(x: Tensor, rows: Tensor, columns: Tensor, mode: Mode) -> Tensor:
     """Apply (B or 1, h, H) and (B or 1, w, W) weights to (B, C, H, W) images -> (B, C, h, w) float32 in [0, 1]. Bicubic
     weights overshoot; like any pipeline that goes through 8-bit images, the result is cut to [0, 1]."""
     x = to_unit(x)
-    wide = x @ columns.mT[:, None] if len(columns) > 1 else x @ columns[0].T
+    wide = x @ columns[0].T if len(columns) == 1 else x @ columns.mT[:, None]
     out = rows[:, None] @ wide
     return out.clamp_(0, 1) if mode == "bicubic" else out
 

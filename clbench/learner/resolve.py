@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench import backbones, data, scenarios
+from clbench.backbones.factory import parse_option
 from clbench.data.reader import Reader
 from clbench.data.store import ImageStore
 from clbench.errors import InputError, unknown_name
@@ -270,7 +271,7 @@ def choose_native_views(
         native = None
         wanted = [key for key in VIEWS if options[key].value == "native"]
     else:
-        pretrained = backbones.parse_option(backbone_options.get("pretrained", True)) is not False
+        pretrained = parse_option(backbone_options.get("pretrained", True)) is not False
         native = backbones.native_view(name, weights=weights, pretrained=pretrained)
         told = weights is not None or pretrained
         wanted = [k for k in VIEWS if options[k].value == "native" or (told and options[k].source == "scenario")]

@@ -53,7 +53,8 @@ def environment(device: "torch.device | str" = "cpu", *, command: Sequence[str] 
 
 
 def _command() -> list[str]:
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    program = Path(sys.argv[0])
+    return [program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]]
 
 
 def _without_home(text: str) -> str:

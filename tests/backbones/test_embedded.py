@@ -185,7 +185,7 @@ def test_fingerprint_knows_state_and_options() -> None:
         ("mlp", (1, 8, 8), {"final_norm": "new"}, "final_norm"),
         ("mlp", (1, 8, 8), {"feature": "cls"}, "no class token"),
         ("mlp", (1, 8, 8), {"pretrained_on": "imagenet"}, "starts from random weights"),
-        ("mlp", (1, 0, 8), {}, "cannot"),
+        ("mlp", (1, 0, 8), {}, "shape (C, H, W), not (1, 0, 8)"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -107,10 +107,10 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(trained: nn.Module, tm
     text = str(caught.value)
     for part in ("it lacks 'conv1.weight'", "unexpected 'extra.weight'", "'bn1.weight' is (5,), not (4,)", "w.pth"):
         assert part in text
-    with pytest.raises(InputError, match="does not fit backbone mlp: it lacks .* and 1 more"):
+    with pytest.raises(InputError, match=r"does not fit backbone mlp: it lacks .* and 1 more"):
         backbones.build("mlp", in_shape=SHAPE, seed=0, weights=tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"'conv1.weight' is \(4, 3, 3, 3\), not \(20, 3, 3, 3\).* and 1\d\d more"):
-        save_plain(trained, tmp_path / "v.pth")
+    save_plain(trained, tmp_path / "v.pth")
+    with pytest.raises(InputError, match=r"'conv1.weight' is \(4, 3, 3, 3\), not \(20, 3, 3, 3\).* and \d\d more"):
         backbones.build("reduced-resnet18", in_shape=SHAPE, seed=0, weights=tmp_path / "v.pth")
 
 
@@ -149,7 +149,7 @@ def test_other_files_are_refused(trained: nn.Module, tmp_path: Path) -> None:
     state = trained.state_dict()
     state["net.conv1.weight"] = state["net.conv1.weight"] * torch.nan
     torch.save(state, tmp_path / "nan.pth")
-    with pytest.raises(InputError, match="'net.conv1.weight' has numbers that are not finite"):
+    with pytest.raises(InputError, match=r"'net.conv1.weight' has numbers that are not finite"):
         load(tmp_path / "nan.pth")
 
 
@@ -210,7 +210,7 @@ def test_npz_of_the_vit_authors(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(InputError, match=re.escape(f"{path} does not fit backbone {name} or is damaged")):
         backbones.build(name, in_shape=(3, 224, 224), seed=0, weights=path, options=options)
-    with pytest.raises(InputError, match="reads .npz weights of ViTs only"):
+    with pytest.raises(InputError, match=r"reads .npz weights of ViTs only"):
         backbones.build("resnet10t", in_shape=(3, 32, 32), seed=0, weights=path)
     with pytest.raises(InputError, match="no such file"):
         backbones.build(name, in_shape=(3, 224, 224), seed=0, weights=tmp_path / "no.npz", options=options)

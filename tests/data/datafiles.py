@@ -50,7 +50,9 @@ def make(channels: int = 3, side: int = 32, train: int = 18, test: int = 9, seed
 def encode(image: NDArray[np.uint8], kind: str = "PNG", mode: str | None = None) -> bytes:
     picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
     file = io.BytesIO()
-    (picture.convert(mode) if mode else picture).save(file, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    (picture.convert(mode) if mode else picture).save(
+        file, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})
+    )
     return file.getvalue()
 
 
@@ -109,7 +111,10 @@ def cifar_files(data: Pixels, fine: bool = True) -> dict[str, bytes]:
 
     def batch(part: Pixels) -> bytes:
         labels = part.labels.tolist()
-        content: dict[str, object] = {"data": part.images.reshape(len(labels), -1), "filenames": ["x.png"] * len(labels)}
+        content: dict[str, object] = {
+            "data": part.images.reshape(len(labels), -1),
+            "filenames": ["x.png"] * len(labels),
+        }
         if fine:
             content |= {"fine_labels": labels, "coarse_labels": [COARSE_OF[label] for label in labels]}
         else:

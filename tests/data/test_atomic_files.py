@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from clbench.atomic import atomic_path, atomic_write_bytes
 from clbench.errors import InputError, RunFailed
 
@@ -20,10 +21,15 @@ def test_whole_file_in_a_new_folder(tmp_path: Path) -> None:
 def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "b"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
-        temporary.write_bytes(b"half")
-        assert temporary.parent == tmp_path
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"half")
+            assert temporary.parent == tmp_path
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["b"]
 
@@ -44,7 +50,7 @@ def test_full_disk(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(InputError, match=r"cannot write .*file/x: Not a directory; check the path"):
+    with pytest.raises(InputError, match=r"cannot write .*file/x: .*/file is a file, not a folder; check the path"):
         atomic_write_bytes(tmp_path / "file" / "x", b"")
 
 

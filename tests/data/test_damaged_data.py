@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
 from clbench.data import load
 from clbench.errors import InputError
-from PIL import Image
 
 
 def shards(root: Path) -> Path:

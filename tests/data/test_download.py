@@ -9,10 +9,11 @@ from pathlib import Path
 
 import datafiles
 import pytest
+from test_known_data import known, md5_of
+
 from clbench.data import admin, load
 from clbench.data.catalogue import Download, KnownFile, catalogue
 from clbench.errors import InputError, RunFailed
-from test_known_data import known, md5_of
 
 pytest.importorskip("torchvision")
 
@@ -66,7 +67,9 @@ def test_load_may_download(tiny: Path) -> None:
 
 def test_wrong_checksum_leaves_nothing(tiny: Path, cache: Path) -> None:
     datafiles.flip_byte(tiny, 100)
-    with pytest.raises(RunFailed, match=r"could not download tiny .*tiny-python\.tar\.gz gave a file with a wrong checksum"):
+    with pytest.raises(
+        RunFailed, match=r"could not download tiny .*tiny-python\.tar\.gz gave a file with a wrong checksum"
+    ):
         admin.fetch("tiny")
     assert not list((cache / "downloads").iterdir())
 

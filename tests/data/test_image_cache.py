@@ -10,6 +10,7 @@ import datafiles
 import numpy as np
 import pytest
 import torch
+
 from clbench.data import admin, load
 from clbench.data.sources import cifar, folder
 from clbench.errors import InputError, RunFailed
@@ -110,7 +111,9 @@ def test_a_damaged_index_only_costs_a_reading(tmp_path: Path, cache: Path) -> No
     assert load(path).fingerprint == first.fingerprint
 
 
-def build_at_once(path: Path, start: "multiprocessing.synchronize.Barrier", results: "multiprocessing.Queue[str]") -> None:
+def build_at_once(
+    path: Path, start: "multiprocessing.synchronize.Barrier", results: "multiprocessing.Queue[str]"
+) -> None:
     start.wait(30)
     try:
         store = load(path)
@@ -199,7 +202,9 @@ def test_import_stands_on_its_own(tmp_path: Path, cache: Path) -> None:
     assert not all(check.ok for check in admin.verify("my-animals"))
 
 
-def test_a_damaged_import_is_mended_from_its_source(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_import_is_mended_from_its_source(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = datafiles.write_cifar(tmp_path / "d", datafiles.make())
     admin.import_(path, "my-animals")
     first = load("my-animals")

@@ -5,6 +5,7 @@ from pathlib import Path
 import datafiles
 import pytest
 import torch
+
 from clbench.data import ImageStore, Reader, load
 from clbench.errors import InputError
 from clbench.rng import generator
@@ -34,7 +35,9 @@ def test_views_by_name(store: ImageStore) -> None:
 
 
 def test_permutation_domains(store: ImageStore) -> None:
-    table = torch.stack([torch.arange(256), torch.randperm(256, generator=generator(0, "p")), torch.arange(256).flip(0)])
+    table = torch.stack(
+        [torch.arange(256), torch.randperm(256, generator=generator(0, "p")), torch.arange(256).flip(0)]
+    )
     reader = Reader(store, {"test": ""}, Domains("permutation", table))
     rows, domain = torch.tensor([3, 3, 3, 8]), torch.tensor([0, 1, 2, 1])
     seen = reader(rows, domain, "test")

@@ -7,9 +7,10 @@ import datafiles
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from clbench.data import TEST, TRAIN, ImageStore, load
 from clbench.errors import InputError
-from PIL import Image
 
 
 def reference_rows(data: datafiles.Pixels) -> list[tuple[int, bytes, int, bytes]]:
@@ -48,7 +49,9 @@ GREY = {
     "folder": lambda root, data: datafiles.write_folder(root / "a", data),
     "idx.gz": lambda root, data: datafiles.write_idx(root / "a", data.shuffled(1)),
     "idx": lambda root, data: datafiles.write_idx(root / "a", data, packed=False),
-    "parquet of webp (which has no grey)": lambda root, data: datafiles.write_shards(root / "a", data, "WEBP", mode="RGB"),
+    "parquet of webp (which has no grey)": lambda root, data: datafiles.write_shards(
+        root / "a", data, "WEBP", mode="RGB"
+    ),
     "parquet of grey png": lambda root, data: datafiles.write_shards(root / "a", data),
 }
 

@@ -53,6 +53,13 @@ def test_a_run_without_its_spec_is_damaged(tmp_path: Path) -> None:
     assert "spec.json is missing" in found.reason
 
 
+def test_what_lies_inside_a_run_is_no_second_run(tmp_path: Path) -> None:
+    record = finished(tmp_path / "a")
+    (record.path / "old").mkdir()
+    (record.path / "old" / "spec.json").write_text("{}")
+    assert [run.path for run in find_runs(tmp_path)] == [record.path]
+
+
 def test_no_folder_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         find_runs(tmp_path / "nowhere")
