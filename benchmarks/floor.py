@@ -12,7 +12,9 @@ from torch.nn import functional as F
 class FloorER:
     """ER on normalised float images in memory: index, two forward passes, one SGD step, reservoir."""
 
-    def __init__(self, images: Tensor, labels: Tensor, model: nn.Module, *, lr: float, capacity: int, batch: int) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, model: nn.Module, *, lr: float, capacity: int, batch: int
+    ) -> None:
         self.images, self.labels, self.model, self.batch = images, labels, model, batch
         self.capacity = capacity
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr)

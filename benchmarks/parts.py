@@ -50,9 +50,7 @@ def online_learner(
     reader = Reader(store, {"train": view, "test": view})
     stream = Stream(scenario, reader, seed=0)
     made = make_method(method, method.Config(**hyperparameters), backbone, scenario, stream)
-    evaluator = Evaluator(
-        scenario, reader, view="test", mask="all", per_group=per_group, slots=4096, seed=0
-    )
+    evaluator = Evaluator(scenario, reader, view="test", mask="all", per_group=per_group, slots=4096, seed=0)
     return Learner(scenario, stream, made, evaluator, Schedule(0))
 
 

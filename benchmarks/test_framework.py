@@ -1,6 +1,6 @@
-"""What clbench adds to the maths, against the bare floor in the same process, interleaved. Budgets: docs/performance.md.
+"""What clbench adds to the maths, against the bare floor in the same process, interleaved.
 
-    python -m tox -e benchmarks
+python -m tox -e benchmarks
 """
 
 import subprocess
@@ -22,8 +22,8 @@ BATCH, CAPACITY = 10, 1000
 
 def record(benchmark, what: str, budget: float, ratio: float, ours_ms: float, floor_ms: float, per: str, better="low"):
     benchmark.extra_info.update(
-        what=what, budget=budget, ratio=round(ratio, 3), ours_ms=round(ours_ms, 4), floor_ms=round(floor_ms, 4), per=per,
-        better=better,
+        what=what, budget=budget, ratio=round(ratio, 3), ours_ms=round(ours_ms, 4), floor_ms=round(floor_ms, 4),
+        per=per, better=better,
     )  # fmt: skip
     print(f"\n{what}: {ratio:.3f} x floor (budget {budget}); {ours_ms:.3f} ms against {floor_ms:.3f} ms per {per}")
 
@@ -135,7 +135,7 @@ def test_evaluation_throughput_reduced_resnet18(benchmark) -> None:
     network = build_backbone("reduced-resnet18", in_shape=(3, 32, 32), seed=0)
     ours, bare = evaluation_pair(network, 200, 500)
     ratio, left, right = interleaved(ours, bare, rounds=10)
-    record(benchmark, "evaluation of 1,000 images, reduced ResNet-18, against a bare forward in batches of 500", 1 / 0.95,
+    record(benchmark, "evaluation of 1,000 images, reduced ResNet-18, against a bare forward of 500", 1 / 0.95,
            ratio, left, right, "evaluation")  # fmt: skip
     benchmark.pedantic(ours, rounds=1)
 

@@ -12,10 +12,12 @@ Nothing heavy is imported until it is used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clbench.api import Results, load_runs, run
+    from clbench.api import DryRun, Results, dry_run, load_runs, run
     from clbench.errors import ClbenchError, InputError, RunFailed
 
-__all__ = ["ClbenchError", "InputError", "Results", "RunFailed", "__version__", "load_runs", "run"]
+__all__ = [
+    "ClbenchError", "DryRun", "InputError", "Results", "RunFailed", "__version__", "dry_run", "load_runs", "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -142,11 +142,12 @@ def dry_run(method: str, scenario: str, seeds: int | str | Iterable[int] = 0, **
 
 
 def load_runs(folder: str | Path = "results/runs") -> pd.DataFrame:
-    """Every finished run below `folder` as one row: what was run, and every metric of its summary.
+    """Every run below `folder` as one row: what was run, its state, and every metric of its summary.
 
-    Raises InputError if the folder does not exist or a record cannot be read.
+    state: `done`, `unfinished`, or `damaged` (with the reason). Raises InputError if there is no such folder.
 
         runs = clbench.load_runs("results/runs")
+        runs = runs[runs.state == "done"]
         runs.groupby(["scenario", "method"])["final_accuracy"].agg(["mean", "std", "count"])
     """
     from clbench import store

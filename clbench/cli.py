@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClbenchError as error:
         return complain(str(error), error.exit_code)
     except typer.TyperException as error:  # wrong usage: unknown option, missing value
-        message = error.format_message().strip()
+        message = error.format_message().strip().replace("Input should be", "it should be")
         return complain(message[0].lower() + message[1:].rstrip("."), 2) if message else 2
     except (KeyboardInterrupt, typer.Abort):
         return complain("interrupted", 130)
@@ -187,7 +187,7 @@ def run(
 
 def print_results(results: "Results") -> None:
     """The final table, and where everything lies."""
-    from clbench.report.table import result_rows, results_table
+    from clbench.report.table import result_rows, results_table, table_note
 
     summaries = [run.summary for run in results]
     print()
@@ -198,6 +198,7 @@ def print_results(results: "Results") -> None:
     else:
         rows = result_rows(results.seeds, summaries)
         print_table(list(rows[0]), rows)
+        print(table_note(rows))
     print()
     for run in results:
         print(f"record  {run.path}" + (" (it had been run before)" if run.status == "found" else ""))

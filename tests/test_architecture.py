@@ -8,8 +8,8 @@ import clbench
 
 ROOT = Path(clbench.__file__).parent
 ORDER = [
-    "errors", "atomic", "rng", "params", "data", "scenarios", "stream", "backbones", "memory", "methods", "evaluator", "metrics",
-    "store", "learner", "report", "doctor", "api", "cli",
+    "errors", "atomic", "rng", "params", "data", "scenarios", "stream", "backbones", "memory", "methods", "evaluator",
+    "metrics", "store", "learner", "report", "doctor", "api", "cli",
 ]  # fmt: skip
 ENGINE = {
     "torch", "numpy", "pandas", "pyarrow", "timm", "pydantic", "PIL", "safetensors",
@@ -22,9 +22,14 @@ SHOWN = {"report", "doctor", "api", "cli"}
 def imports(path: Path) -> list[tuple[str, bool]]:
     """Modules a file imports, and whether it does so as it is imported itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
+    }
     typing_only = {
-        id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test) for n in ast.walk(i)
+        id(n)
+        for i in ast.walk(tree)
+        if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test)
+        for n in ast.walk(i)
     }
     out = []
     for node in ast.walk(tree):

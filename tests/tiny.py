@@ -20,6 +20,7 @@ from clbench.scenarios.model import Group, Scenario, StreamDefaults, Task
 from clbench.stream import Stream
 
 PER_CLASS, TEST_PER_CLASS = 12, 6
+EVERY_STEP = Schedule(1)
 
 
 def make_store(num_classes: int = 6, size: int = 6) -> ImageStore:
@@ -64,8 +65,8 @@ def split_scenario(store: ImageStore, tasks: int = 3, **changes: Any) -> Scenari
         first_seen[classes] = position
         position += len(rows)
     base = Scenario(
-        id="tiny@1", datasets=("tiny",), setting="class", tasks=tuple(made), groups=tuple(groups), classes=store.classes,
-        first_seen=first_seen, defaults=StreamDefaults(batch_size=5, epochs=2),
+        id="tiny@1", datasets=("tiny",), setting="class", tasks=tuple(made), groups=tuple(groups),
+        classes=store.classes, first_seen=first_seen, defaults=StreamDefaults(batch_size=5, epochs=2),
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -90,7 +91,7 @@ def learner_for(
     backbone: Callable[[], nn.Module] = Flat,
     config: Any = None,
     seed: int = 0,
-    schedule: Schedule = Schedule(1),
+    schedule: Schedule = EVERY_STEP,
     views: dict[str, str] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None,
     checkpoint_steps: int | None = None,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from clbench.data.sources import Decoded, Source, detect, module
 from clbench.data.store import ImageStore
 from clbench.errors import InputError, unknown_name
 
-__all__ = ["Order", "build", "entry_folder", "load", "open_or_build"]
+__all__ = ["build", "entry_folder", "load", "open_or_build"]
 
-Order = Literal["canonical", "source"]
 TEST_SHARE = 0.2
 
 
@@ -30,7 +29,7 @@ def load(
     name_or_path: str | os.PathLike[str],
     *,
     roots: Sequence[str | os.PathLike[str]] = (),
-    order: Order = "canonical",
+    order: str = "canonical",
     size: int | None = None,
     allow_download: bool = False,
 ) -> ImageStore:
@@ -69,7 +68,7 @@ def load(
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
-def open_or_build(found: Found, order: Order = "canonical", size: int | None = None) -> Entry:
+def open_or_build(found: Found, order: str = "canonical", size: int | None = None) -> Entry:
     """The cache entry of a source, built if it is not there or not sound."""
     folder = entry_folder(found, order, size)
     entry = open_entry(folder)
@@ -84,13 +83,13 @@ def open_or_build(found: Found, order: Order = "canonical", size: int | None = N
     return entry
 
 
-def entry_folder(found: Found, order: Order, size: int | None) -> Path:
+def entry_folder(found: Found, order: str, size: int | None) -> Path:
     known = None if found.entry is None else [found.entry.class_names, sorted(found.entry.coarse.items())]
     key = json.dumps([1, found.source.kind, found.inspection.content, known, order, size])
     return cache_folder() / "store" / f"{found.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def build(folder: Path, found: Found, decoded: Decoded, order: Order, size: int | None) -> None:
+def build(folder: Path, found: Found, decoded: Decoded, order: str, size: int | None) -> None:
     """Check what was decoded, put it in order, write the entry."""
     decoded = with_known_names(found, decoded)
     if found.entry is not None:
@@ -222,7 +221,7 @@ def class_facts(found: Found, decoded: Decoded) -> dict[str, Any]:
 
 
 # -- what was imported ------------------------------------------------------------------------------------------------
-def load_imported(name: str, record: dict[str, Any], order: Order, size: int | None) -> ImageStore:
+def load_imported(name: str, record: dict[str, Any], order: str, size: int | None) -> ImageStore:
     """An import stands on its own; its source is needed again only for another order or size, or to mend the entry."""
     known = catalogue().get(name)
     if order == "canonical" and size is None:

@@ -104,9 +104,7 @@ class Evaluator:
         self.points.append((step, task, phase))
         self.active.append(groups)
 
-    def full(
-        self, method: Method, position: int, progress: Callable[[int, int], None] | None = None
-    ) -> FullResult:
+    def full(self, method: Method, position: int, progress: Callable[[int, int], None] | None = None) -> FullResult:
         """Evaluate the deployed weights on every test row of every group, groups of future tasks included."""
         hits, predictions = [], []
         seen = self.unlocks.index(position)
@@ -132,8 +130,8 @@ class Evaluator:
 
     # -- what came out -------------------------------------------------------------------------------------------
     def drain(self, start: int = 0) -> dict[str, Any]:
-        """Copy the table to the host: `points` (S, 3) step, task, phase; `hits` (S, G); `valid` (S, G), from slot `start`
-        on, and `totals` (G,)."""
+        """Copy the table to the host: `points` (S, 3) step, task, phase; `hits` (S, G); `valid` (S, G), from
+        slot `start` on, and `totals` (G,)."""
         return {
             "points": self.points[start:],
             "hits": self._table[start : len(self.points)].cpu(),
@@ -196,7 +194,9 @@ class Evaluator:
             allowed = masks[0]
             if any(self._answerable[g] is not self._answerable[groups[0]] for g in groups):
                 full = torch.ones(self.scenario.num_classes, dtype=torch.bool, device=self.device)
-                rows = [(full if m is None else m).expand(self.sizes[g], -1) for g, m in zip(groups, masks, strict=True)]
+                rows = [
+                    (full if m is None else m).expand(self.sizes[g], -1) for g, m in zip(groups, masks, strict=True)
+                ]
                 allowed = torch.cat(rows)
             self._chosen[key] = (chosen, allowed)
         return self._chosen[key]
@@ -307,4 +307,3 @@ def watching(method: Method) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-

@@ -77,7 +77,8 @@ def declared(spec: RunSpec) -> str:
     fields = config_fields(cls.Config)
     undeclared = [name for name, item in fields.items() if not item.metadata.get("help")]
     assert not undeclared, f"declare {', '.join(undeclared)} of Config with hp(default, help)"
-    assert cls.settings and cls.settings <= KNOWN_SETTINGS, f"settings must be among {sorted(KNOWN_SETTINGS)}"
+    assert cls.settings, "settings is empty"
+    assert cls.settings <= KNOWN_SETTINGS, f"settings must be among {sorted(KNOWN_SETTINGS)}"
     assert cls.mask in MASKS, f"mask is {cls.mask!r}, it must be one of {sorted(MASKS)}"
     return f"{len(fields)} hyperparameters"
 
@@ -167,7 +168,7 @@ def weights(learner: Learner) -> str:
 def same(a: Learner, b: Learner, otherwise: str) -> None:
     assert weights(a) == weights(b), f"{otherwise} (weights)"
     left, right = a.evaluator.drain(), b.evaluator.drain()
-    assert left["points"] == right["points"] and torch.equal(left["hits"], right["hits"]), f"{otherwise} (curve)"
+    assert left["points"] == right["points"], f"{otherwise} (evaluated steps)"
+    assert torch.equal(left["hits"], right["hits"]), f"{otherwise} (curve)"
     for (_, one), (_, other) in zip(a.matrix, b.matrix, strict=True):
         assert torch.equal(one, other), f"{otherwise} (accuracy matrix)"
-

@@ -60,7 +60,7 @@ def forbid_host_reads() -> Iterator[None]:
 
     hooks = [register_optimizer_step_pre_hook(pause), register_optimizer_step_post_hook(resume)]
     try:
-        with Dispatch(), Function():
+        with Dispatch(), Function():  # type: ignore[no-untyped-call]  # torch leaves it untyped
             yield
     finally:
         for hook in hooks:

@@ -1,7 +1,7 @@
 """The training loop: runs the phases a method asks for, evaluates, keeps the books, and can be killed at any moment.
 
-State is the cursor plus what method, evaluator and books give: `state_dict` after any step, `load_state_dict` in a fresh
-process, and the rest of the run is the same to the bit.
+State is the cursor plus what method, evaluator and books give: `state_dict` after any step, `load_state_dict` in a
+fresh process, and the rest of the run is the same to the bit.
 """
 
 import time

@@ -37,7 +37,9 @@ class LossLog:
             return
         steps = [step for step, losses in self._waiting for _ in losses]
         names = [name for _, losses in self._waiting for name in losses]
-        flat = torch.stack([value.detach().reshape(()).double() for _, losses in self._waiting for value in losses.values()])
+        flat = torch.stack(
+            [value.detach().reshape(()).double() for _, losses in self._waiting for value in losses.values()]
+        )
         self._waiting.clear()
         values = flat.cpu().numpy()
         broken = ~np.isfinite(values)

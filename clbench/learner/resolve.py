@@ -1,7 +1,7 @@
 """Look up everything a run needs, before anything starts: method, data, scenario, backbone, hyperparameters, sizes.
 
-Precedence is one rule everywhere: the scenario's or field's default < the paper's recipe for (method, scenario) < what the
-user gave. The source of each value is kept beside it.
+Precedence is one rule everywhere: the scenario's or field's default < the paper's recipe for (method, scenario) < what
+the user gave. The source of each value is kept beside it.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench import backbones, data, scenarios
+from clbench.backbones.backbone import Backbone
 from clbench.backbones.factory import parse_option
 from clbench.data.reader import Reader
 from clbench.data.store import ImageStore
@@ -53,7 +54,7 @@ class Resolved:
     scenario: Scenario
     store: ImageStore
     reader: Reader
-    backbone: nn.Module
+    backbone: Backbone
     config: Any
     device: torch.device
     mask: Mask
@@ -83,11 +84,12 @@ class Resolved:
         """Sorted store rows that the scenario uses: what the features of a frozen backbone are needed for."""
         parts = [task.rows for task in self.scenario.tasks] + [group.rows for group in self.scenario.groups]
         parts += [task.val[0] for task in self.scenario.tasks if task.val is not None]
-        return torch.cat(parts).unique()
+        rows: Tensor = torch.cat(parts).unique()
+        return rows
 
 
 def resolve(spec: RunSpec) -> Resolved:
-    """Find everything `spec` names. Nothing is written but data caches. Raises InputError for whatever can't be used."""
+    """Find everything `spec` names. Nothing is written but data caches. Raises InputError for what can't be used."""
     device = find_device(spec.device)
     found = registry.find(spec.method)
     preset = scenarios.find(spec.scenario).with_params(spec.scenario_params)
@@ -197,7 +199,9 @@ def find_device(name: str) -> torch.device:
 def single_store(stores: list[ImageStore], scenario_id: str) -> ImageStore:
     """The one store of a scenario."""
     if len(stores) != 1:
-        raise InputError(f"scenario {scenario_id} uses {len(stores)} data sets; streams over several are not supported yet")
+        raise InputError(
+            f"scenario {scenario_id} uses {len(stores)} data sets; streams over several are not supported yet"
+        )
     return stores[0]
 
 
@@ -205,8 +209,8 @@ def check_setting(found: registry.FoundMethod, scenario: Scenario) -> None:
     """Refuse a method in a setting it does not support."""
     if scenario.setting not in found.cls.settings:
         raise InputError(
-            f"method {found.id} works in the {' and '.join(sorted(found.cls.settings))}-incremental setting, but scenario "
-            f"{scenario.id} is {scenario.setting}-incremental; choose another scenario or method"
+            f"method {found.id} works in the {' and '.join(sorted(found.cls.settings))}-incremental setting, but "
+            f"scenario {scenario.id} is {scenario.setting}-incremental; choose another scenario or method"
         )
 
 
@@ -291,17 +295,17 @@ def input_shape(store: ImageStore, test_view: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def check_contamination(network: nn.Module, store: ImageStore, name: str, allowed: bool) -> str | None:
-    """Refuse a backbone that was pretrained on the scenario's images; with --allow-contamination say so in the record."""
-    problem = backbones.guard(tuple(network.pretrained_on), store.images_of)
+def check_contamination(network: Backbone, store: ImageStore, name: str, allowed: bool) -> str | None:
+    """Refuse a backbone that was pretrained on the scenario's images; --allow-contamination has it marked instead."""
+    problem = backbones.guard(network.pretrained_on, store.images_of)
     if problem and not allowed:
-        raise InputError(f"backbone {name} on {store.name}: {problem}; choose another, or mark the run by --allow-contamination")
+        raise InputError(
+            f"backbone {name} on {store.name}: {problem}; choose another, or mark the run by --allow-contamination"
+        )
     return problem
 
 
-def make_method(
-    cls: type[Method], config: Any, network: nn.Module, scenario: Scenario, stream: Stream
-) -> Method:
+def make_method(cls: type[Method], config: Any, network: nn.Module, scenario: Scenario, stream: Stream) -> Method:
     """Construct the method; its initial draws depend on the run's seed alone."""
     reader, device = stream.read, stream.device
 
@@ -334,9 +338,7 @@ def make_method(
     return method
 
 
-def make_schedule(
-    spec: RunSpec, scenario: Scenario, plans: list[list[Plan]], per_group: int
-) -> tuple[Schedule, str]:
+def make_schedule(spec: RunSpec, scenario: Scenario, plans: list[list[Plan]], per_group: int) -> tuple[Schedule, str]:
     """`--eval-every`, else the scenario's schedule, cut so that evaluation costs no more than training."""
     if spec.eval_every is not None:
         return Schedule(spec.eval_every, 0), "--eval-every"
@@ -360,4 +362,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-

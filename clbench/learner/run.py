@@ -73,7 +73,9 @@ def run(resolved: Resolved, progress: Progress | None = None, *, fresh: bool = F
         except Interrupted:
             raise KeyboardInterrupt from None
         except torch.OutOfMemoryError as error:
-            raise RunFailed(f"out of memory on {resolved.device}: lower --batch-size or --eval-per-group ({error})") from error
+            raise RunFailed(
+                f"out of memory on {resolved.device}: lower --batch-size or --eval-per-group ({error})"
+            ) from error
         learner.times["extract_s"] = learner.times.get("extract_s", 0.0) + extracting
         summary = write_record(resolved, record, learner)
         record.finish(keep_checkpoint=spec.keep_checkpoint)
@@ -170,8 +172,8 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
 
 
 def weights_of(method: Method) -> dict[str, torch.Tensor]:
-    """Deployed weights: the parameters and buffers of the method's modules as `attribute.name`, and the tensors it keeps
-    itself (prototypes, statistics) as `attribute`. Contiguous CPU tensors."""
+    """Deployed weights: the parameters and buffers of the method's modules as `attribute.name`, and the tensors it
+    keeps itself (prototypes, statistics) as `attribute`. Contiguous CPU tensors."""
     found: dict[str, torch.Tensor] = {}
     with method.deployed():
         for attribute, value in vars(method).items():
@@ -219,7 +221,11 @@ def exact_arithmetic(resolved: Resolved) -> Iterator[None]:
     if resolved.device.type != "cuda":
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False

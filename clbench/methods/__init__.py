@@ -1,1 +1,1 @@
-"""Continual-learning methods, one file each; `clbench list methods` shows them, `clbench check FILE` tests a new one."""
+"""Continual-learning methods, one file each; `clbench list methods` shows them, `clbench check FILE` tests one."""

@@ -1,4 +1,4 @@
-"""What finetune, joint and er share: a backbone with one linear head of static size, trained by SGD on cross entropy."""
+"""What finetune, joint and er share: a backbone with one linear head of static size, trained by SGD."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SoftmaxMethod(Method):
 
     def __init__(self, config: Any, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
-        self.classifier = nn.Linear(int(backbone.num_features), setting.num_classes)
+        self.classifier = nn.Linear(width_of(backbone), setting.num_classes)
         self.optimizer = torch.optim.SGD(
             [*backbone.parameters(), *self.classifier.parameters()],
             lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
@@ -56,6 +56,13 @@ class SoftmaxMethod(Method):
 
     def head(self, task: int | None) -> Head:
         return Head("linear", self.classifier.weight, self.classifier.bias)
+
+
+def width_of(backbone: nn.Module) -> int:
+    """D of a backbone."""
+    width = backbone.num_features
+    assert isinstance(width, int)
+    return width
 
 
 def siblings(setting: Setting) -> Tensor:

@@ -185,8 +185,8 @@ class Method:
 
     @property
     def features_version(self) -> int | None:
-        """A number that changes whenever `features` may have changed, so that the evaluator can keep the features of its
-        images while only the head moves. None: may change at every step."""
+        """A number that changes whenever `features` may have changed, so that the evaluator can keep the features of
+        its images while only the head moves. None: may change at every step."""
         return 0 if self.frozen_backbone else None
 
     def head(self, task: int | None) -> Head | None:
@@ -194,7 +194,7 @@ class Method:
         return None
 
     def deployed(self) -> contextlib.AbstractContextManager[None]:
-        """Inside this context the method answers with the weights to be judged, where they differ from the live ones."""
+        """Inside this context the method answers with the weights to be judged, if they differ from the live ones."""
         return contextlib.nullcontext()
 
     def memory_bytes(self) -> dict[str, int]:
@@ -207,8 +207,8 @@ class Method:
         return (value for value in vars(self).values() if isinstance(value, nn.Module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything learned. The base collects from the attributes: modules (frozen ones left out), optimisers, anything
-        else with `state_dict`/`load_state_dict`, tensors, and plain values (also in lists and dicts). Attributes
+        """Everything learned. The base collects from the attributes: modules (frozen ones left out), optimisers,
+        anything else with `state_dict`/`load_state_dict`, tensors, and plain values (also in lists and dicts). Attributes
         whose names start with `_` are scratch and left out."""
         state: dict[str, Any] = {}
         for name, value in vars(self).items():
@@ -232,7 +232,7 @@ class Method:
         """Put back what `state_dict` gave."""
         for name, value in state.items():
             current = getattr(self, name, None)
-            if hasattr(current, "load_state_dict"):
+            if current is not None and hasattr(current, "load_state_dict"):
                 current.load_state_dict(value)
             elif isinstance(current, Tensor) and isinstance(value, Tensor) and current.shape == value.shape:
                 with torch.no_grad():

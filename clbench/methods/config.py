@@ -35,7 +35,8 @@ def make_config(
     report = {
         name: {
             "value": getattr(made, name),
-            "source": sources.get(name) or "default" + (f": {item.metadata['source']}" if item.metadata.get("source") else ""),
+            "source": sources.get(name)
+            or "default" + (f": {item.metadata['source']}" if item.metadata.get("source") else ""),
         }
         for name, item in known.items()
     }

@@ -1,7 +1,7 @@
 """Experience Replay: train on each incoming batch and on a batch drawn from a reservoir memory.
 
-Chaudhry et al. 2019, in the form of the online class-incremental literature (RaptorMai, PCR, HPCR code; online_baselines
-card, sections 2.1-2.3): loss = mean CE of the stream batch + mean CE of the replay batch, from two separate forward
+Chaudhry et al. 2019, in the form of the online class-incremental literature (RaptorMai, PCR, HPCR code; card
+`online_baselines`, sections 2.1-2.3): loss = mean CE of the stream batch + mean CE of the replay batch, from two separate forward
 passes (each with its own batch-norm statistics), one SGD step, then the reservoir sees the batch.
 """
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from clbench.memory.buffer import Buffer
+from clbench.memory.buffer import Buffer, ReservoirRule
 from clbench.methods._softmax import SgdConfig, SoftmaxMethod
 from clbench.methods.base import Setting, hp
 from clbench.stream.types import Batch
 
 
 @dataclass(frozen=True)
-class Config(SgdConfig):
+class ERConfig(SgdConfig):
     """Hyperparameters of ER."""
 
     capacity: int = hp(1000, "exemplars in memory", low=0, high=10_000_000, unit="exemplars")
@@ -36,12 +36,12 @@ class ER(SoftmaxMethod):
     """Stream batch + replay batch. Weights (1, 1) are the online literature's, (lambda, 1 - lambda) the stability-gap
     paper's; there lambda scales the loss of the first task too."""
 
-    Config = Config
+    Config = ERConfig
     aliases = ("experience-replay", "replay")
 
-    def __init__(self, config: Config, backbone: nn.Module, setting: Setting) -> None:
+    def __init__(self, config: ERConfig, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
-        rule = "exact" if config.reservoir == "exact" else "batch"
+        rule: ReservoirRule = "exact" if config.reservoir == "exact" else "batch"
         self.buffer = Buffer(config.capacity, setting.device, rule=rule)
 
     def step(self, batch: Batch) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """Joint training: at every task, train on all data seen so far. The upper bound.
 
-With `restart` the network starts each task from its initial weights, so that the last accuracy is that of ordinary training
-on everything; without, it goes on from the weights of the task before (incremental joint training, which
+With `restart` the network starts each task from its initial weights, so that the last accuracy is that of ordinary
+training on everything; without, it goes on from the weights of the task before (incremental joint training, which
 still shows a stability gap: Hess et al. 2023).
 """
 
@@ -20,7 +20,7 @@ from clbench.stream.types import Batch, Cursor, Phase
 
 
 @dataclass(frozen=True)
-class Config(SgdConfig):
+class JointConfig(SgdConfig):
     """Hyperparameters of joint training."""
 
     epochs: int = hp(0, "passes over all data seen so far, at each task; 0 takes the scenario's", low=0, high=1000)
@@ -30,10 +30,10 @@ class Config(SgdConfig):
 class Joint(SoftmaxMethod):
     """One phase per task over the rows of all tasks so far, reshuffled each epoch."""
 
-    Config = Config
+    Config = JointConfig
     aliases = ("cumulative", "multitask")
 
-    def __init__(self, config: Config, backbone: nn.Module, setting: Setting) -> None:
+    def __init__(self, config: JointConfig, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
         self._initial: dict[str, Any] = {
             name: {key: value.clone() for key, value in module.state_dict().items()}

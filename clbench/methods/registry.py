@@ -120,7 +120,9 @@ def config_of(path: Path, classes: Mapping[str, ast.ClassDef], name: str) -> lis
     for base in classes[name].bases:
         out += config_of(path, {k: v for k, v in classes.items() if k != name}, ast.unparse(base))
     for item in classes[name].body:
-        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(item.value, ast.Call)):
+        if not (
+            isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(item.value, ast.Call)
+        ):
             continue
         args = [literal(arg) for arg in item.value.args]
         entry = {"name": item.target.id, "type": ast.unparse(item.annotation), "default": args[0], "help": args[1]}
@@ -207,8 +209,8 @@ def method_of(module: ModuleType, where: str) -> type[Method]:
 def find_recipe(method: FoundMethod, scenario_id: str) -> Recipe | None:
     """The recipe of a method for a scenario, or None.
 
-    Read from `recipes/<method>.toml` here, or from `<file>.toml` beside a user's method; `[[recipe]]` entries are tried in
-    order, `scenario` is a glob on the id without its version. Raises InputError for a file that isn't TOML.
+    Read from `recipes/<method>.toml` here, or from `<file>.toml` beside a user's method; `[[recipe]]` entries are tried
+    in order, `scenario` is a glob on the id without its version. Raises InputError for a file that isn't TOML.
     """
     if method.path is None:
         return None

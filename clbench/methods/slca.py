@@ -77,6 +77,10 @@ class SLCAConfig:
     milestone: int = hp(18, "epoch from which stage-1 rates are lower; 0 for never", low=0, unit="epochs",
                         source="official: 18 of 20, 40 of 50, 80 of 90")  # fmt: skip
     gamma: float = hp(0.1, "factor on stage-1 rates from the milestone on", low=0.0, high=1.0, source="official code")
+    batch_norm: str = hp(
+        "eval", "batch-norm statistics in stage 1: eval keeps the pretrained ones, train follows the batches",
+        choices=("eval", "train"), source="ours; the paper's backbones have none",
+    )  # fmt: skip
     align: bool = hp(True, "run the classifier alignment; False is the slow learner alone", source="paper's ablation")
     ca_epochs: int = hp(5, "alignment epochs per task", low=1, unit="epochs", source="official configs")
     ca_lr: float = hp(
@@ -178,8 +182,8 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
 def mean_shrink(tasks: Tensor, num_tasks: int) -> Tensor:
     """Scale of each class's mean, `0.9 + 0.1 (t_c + 1) / T`, in float64. tasks: (K,) int64 task t_c of each class.
 
-    >>> mean_shrink(torch.tensor([0, 1]), 2).tolist()
-    [0.95, 1.0]
+    >>> mean_shrink(torch.tensor([0, 3]), num_tasks=4)
+    tensor([0.9250, 1.0000], dtype=torch.float64)
     """
     return 0.9 + 0.1 * (tasks.double() + 1) / num_tasks
 
@@ -268,6 +272,10 @@ class SLCA(Method):
     def open_phase(self, task: Task, phase: Phase, at: Cursor) -> None:
         train_backbone = phase.name == "train" and not self.frozen_backbone
         self.backbone.train(train_backbone)
+        if self.config.batch_norm == "eval":
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         for parameter in self._trainable:
             parameter.requires_grad_(train_backbone)
         if phase.name == "statistics":
@@ -417,7 +425,7 @@ class SLCA(Method):
         for group, scale in zip(self.optimizer.param_groups, (1.0, self.config.backbone_scale), strict=False):
             group["lr"] = rate * scale
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         self.optimizer.step()
         return {"loss": loss.detach()}
 

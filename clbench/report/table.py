@@ -11,7 +11,7 @@ from clbench.metrics import Metric, aggregate, find_metric, list_metrics
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["main_metrics", "result_rows", "results_table"]
+__all__ = ["main_metrics", "result_rows", "results_table", "table_note"]
 
 Row = dict[str, str]
 NOTE = "accuracies in percent, recovery in steps"
@@ -49,6 +49,12 @@ def result_rows(
     return rows
 
 
+def table_note(rows: Sequence[Row]) -> str:
+    """The line below the table: units, and what the signs in it mean."""
+    cells = [text for row in rows for text in row.values()]
+    return NOTE + SAMPLING * ("subset ±" in cells) + NEVER * any(text.endswith("*") for text in cells)
+
+
 def results_table(
     seeds: Sequence[int],
     summaries: Sequence[Mapping[str, Any]],
@@ -68,9 +74,7 @@ def results_table(
         table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", vertical="bottom")
     for index, row in enumerate(rows):
         table.add_row(*row.values(), style="bold" if row["run"] == "mean" else "dim" if index > len(seeds) else None)
-    cells = [text for row in rows for text in row.values()]
-    note = NOTE + SAMPLING * ("subset ±" in cells) + NEVER * any(text.endswith("*") for text in cells)
-    table.caption = Text(note, style="dim")
+    table.caption = Text(table_note(rows), style="dim")
     return table
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from clbench.data import catalogue
 from clbench.errors import InputError, unknown_name
 from clbench.scenarios import params as parameters
 from clbench.scenarios.user_file import error_in_file, load_module
@@ -227,7 +226,4 @@ def dataset_names(given: Any, how_many: int, where: str) -> tuple[str, ...]:
     names = [part.strip() for part in text.split(",")] if how_many > 1 else [text]
     if not all(names):
         raise InputError(f"{where}: dataset is empty; give a data set's name or path")
-    for name in names:
-        if not Path(name).exists():
-            catalogue.dataset(name)  # InputError with the nearest names
     return tuple(names)

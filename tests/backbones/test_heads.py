@@ -60,7 +60,7 @@ def test_cosine_head() -> None:
         for c in range(3):
             f, w = features[b].double(), head.weight[c].detach().double()
             expected = 10 * float(f @ w) / ((float(f.norm()) + 1e-5) * (float(w.norm()) + 1e-5))
-            assert float(logits[b, c]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert logits[b, c].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     torch.testing.assert_close(head(features * 50), logits, rtol=1e-4, atol=1e-4)
     fused = Head(*head.as_head())
     assert (fused.kind, fused.bias, fused.scale) == ("cosine", None, 10.0)

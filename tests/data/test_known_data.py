@@ -233,7 +233,7 @@ def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"did you mean 'my-animals'"):
         load("my-animal")
     with pytest.raises(InputError, match=r"unknown row order 'cannonical'; did you mean 'canonical'"):
-        load("digits", order="cannonical")  # type: ignore[arg-type]
+        load("digits", order="cannonical")
     with pytest.raises(InputError, match="size must be at least 1"):
         load("digits", size=0)
 

@@ -1,13 +1,11 @@
 """Hits against a naive count, for all masks, groups and ties; features cached only where they may be."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from tiny import Flat, learner_for, make_store, run, split_scenario
+from torch import Tensor, nn
 
 from clbench.evaluator import Schedule
 from clbench.evaluator.evaluator import answer, watching
@@ -94,9 +92,7 @@ def test_future_groups_score_nothing_under_seen() -> None:
 
 def test_subset_is_fixed_and_limited() -> None:
     scenario = split_scenario(make_store())
-    a, b, other = (
-        learner_for(scenario, Finetune, seed=seed).evaluator._subset(5, seed) for seed in (0, 0, 1)
-    )
+    a, b, other = (learner_for(scenario, Finetune, seed=seed).evaluator._subset(5, seed) for seed in (0, 0, 1))
     assert torch.equal(a.rows, b.rows)
     assert not torch.equal(a.rows, other.rows)
     assert a.starts == [0, 5, 10, 15]

@@ -49,7 +49,7 @@ class Linear(Method):
         return self.classifier(features)
 
 
-# -- 1: a buffer with payload, and two independent replay draws with raw and augmented views ---------------------------
+# -- 1: a buffer with payload, and two independent replay draws with raw and augmented views -------------------------
 class StoredLogits(Linear):
     """DER++ in small: logits stored with the exemplar; one draw for distillation, another for labels."""
 
@@ -95,9 +95,7 @@ class TaskNorms(Linear):
 
     def __init__(self, config, backbone, setting) -> None:
         super().__init__(config, backbone, setting)
-        self.norms = nn.ModuleList(
-            nn.BatchNorm1d(backbone.num_features, affine=False) for _ in setting.task_classes
-        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(backbone.num_features, affine=False) for _ in setting.task_classes)
         self._asked: set[int | None] = set()
 
     def step(self, batch: Batch) -> Mapping[str, Tensor]:
@@ -123,7 +121,7 @@ def test_per_task_norm_with_task_ids() -> None:
         start += len(group.rows)
 
 
-# -- 3: classes that unlock inside a task ------------------------------------------------------------------------------
+# -- 3: classes that unlock inside a task ----------------------------------------------------------------------------
 class Watching(Linear):
     """Notes what it is told to be seen, and may not answer anything else."""
 
@@ -171,7 +169,7 @@ def test_classes_unlock_inside_a_task() -> None:
         assert list(active) == whole.method._told[step - 1][1]
 
 
-# -- 4: two label levels with parent links ----------------------------------------------------------------------------
+# -- 4: two label levels with parent links ---------------------------------------------------------------------------
 def level_scenario() -> Scenario:
     """Task 0 shows coarse labels (ids 6 and 7), task 1 the same images with fine ones; a group per level."""
     store = make_store()
@@ -189,7 +187,14 @@ def level_scenario() -> Scenario:
     )
     first_seen = torch.tensor([len(rows)] * 6 + [0, 0])
     return Scenario(
-        "levels@1", ("tiny",), "class", tasks, groups, classes, first_seen, defaults=StreamDefaults(batch_size=6, epochs=3)
+        "levels@1",
+        ("tiny",),
+        "class",
+        tasks,
+        groups,
+        classes,
+        first_seen,
+        defaults=StreamDefaults(batch_size=6, epochs=3),
     )
 
 
@@ -209,7 +214,7 @@ def test_two_label_levels() -> None:
     assert coarse > 0.7, "the coarse level is learnable and was not learned"
 
 
-# -- 5: rows seen through a permutation domain ----------------------------------------------------------------------------
+# -- 5: rows seen through a permutation domain -----------------------------------------------------------------------
 def permuted_scenario() -> Scenario:
     store = make_store()
     rows, test = rows_of(store, range(6), TRAIN), rows_of(store, range(6), TEST)
@@ -261,7 +266,7 @@ def test_replayed_rows_keep_their_domain() -> None:
     assert set(drawn.domain.tolist()) == {0, 1}
 
 
-# -- 6: several updates per batch -------------------------------------------------------------------------------------
+# -- 6: several updates per batch ------------------------------------------------------------------------------------
 def test_three_updates_per_batch() -> None:
     store = make_store()
     scenario = split_scenario(store, online=True, defaults=StreamDefaults(batch_size=5, updates_per_batch=3))
@@ -279,7 +284,7 @@ def test_three_updates_per_batch() -> None:
     assert memory.num_seen == 72, "the buffer sees each sample once, whatever the number of updates"
 
 
-# -- 7: early stopping at an epoch's end --------------------------------------------------------------------------------
+# -- 7: early stopping at an epoch's end -----------------------------------------------------------------------------
 class StopsEarly(Linear):
     """Stops task t after t + 1 epochs, by a counter that a resume must bring back."""
 
@@ -305,7 +310,7 @@ def test_early_stopping_at_an_epoch_end() -> None:
     assert whole.at.step == 9 * per_epoch
 
 
-# -- 8: a phase that draws its own inputs -------------------------------------------------------------------------------
+# -- 8: a phase that draws its own inputs ----------------------------------------------------------------------------
 class Dreams(Linear):
     """After training, a phase on points of its own around class means, from generators keyed by the cursor."""
 
@@ -341,7 +346,7 @@ def test_a_phase_that_draws_its_own_inputs() -> None:
     assert {phase for _, _, phase in whole.evaluator.points} == {0, 1, 2}, "every phase is evaluated"
 
 
-# -- 9: deployed weights that differ from the live ones -------------------------------------------------------------------
+# -- 9: deployed weights that differ from the live ones --------------------------------------------------------------
 class Averaged(Linear):
     """Answers for the record with an exponential average of its weights; the curve shows the live ones."""
 
@@ -379,7 +384,7 @@ def test_deployed_weights_differ_from_live_ones() -> None:
     assert whole.method._used == 3
 
 
-# -- 10: dropout and methods that draw from the global generator ----------------------------------------------------------
+# -- 10: dropout and methods that draw from the global generator -----------------------------------------------------
 class Dropped(Flat):
     def forward(self, images: Tensor) -> Tensor:
         return F.dropout(super().forward(images), 0.3, self.training)
@@ -391,7 +396,7 @@ def test_global_draws_are_functions_of_the_cursor() -> None:
     assert torch.equal(before, torch.random.get_rng_state()), "a run moved the caller's generator"
 
 
-# -- what holds for all ---------------------------------------------------------------------------------------------------
+# -- what holds for all ----------------------------------------------------------------------------------------------
 ALL = [
     ("stored logits", lambda: split_scenario(make_store()), StoredLogits),
     ("task norms", lambda: split_scenario(make_store(), setting="task"), TaskNorms),
@@ -417,7 +422,9 @@ def test_no_host_read_per_iteration(scenario, method) -> None:
 @pytest.mark.parametrize(("scenario", "method"), [case[1:] for case in ALL], ids=[case[0] for case in ALL])
 def test_evaluation_does_not_disturb(scenario, method) -> None:
     states = [
-        run(learner_for(scenario(), method, store=make_store(), schedule=schedule, backbone=Dropped)).method.state_dict()
+        run(
+            learner_for(scenario(), method, store=make_store(), schedule=schedule, backbone=Dropped)
+        ).method.state_dict()
         for schedule in (Schedule(0), Schedule(10), Schedule(1))
     ]
     assert equal(states[0], states[1])

@@ -63,7 +63,7 @@ def test_exact_rule_matches_algorithm_r(sizes: list[int], capacity: int, seed: i
 
 @pytest.mark.parametrize("rule", ["exact", "batch"])
 def test_long_stream_is_sampled_evenly(rule: str) -> None:
-    """Every tenth of a stream of 20,000 holds a tenth of 1,000 slots (chi-square at p = 1e-4 has 33.7 for 9 degrees). The
+    """Every tenth of a stream of 20,000 holds a tenth of 1,000 slots (chi-square at p = 1e-4: 33.7 for 9 degrees). The
     batch rule is a little biased to the sample by construction, not to the tenth."""
     buffer = Buffer(1000, rule=rule)
     for step in range(2000):
@@ -74,7 +74,10 @@ def test_long_stream_is_sampled_evenly(rule: str) -> None:
 
 
 @given(
-    st.integers(0, 30), st.lists(st.integers(0, 25), max_size=8), st.sampled_from(["batch", "exact"]), st.integers(0, 99)
+    st.integers(0, 30),
+    st.lists(st.integers(0, 25), max_size=8),
+    st.sampled_from(["batch", "exact"]),
+    st.integers(0, 99),
 )
 def test_buffer_invariants(capacity: int, sizes: list[int], rule: str, seed: int) -> None:
     buffer = Buffer(capacity, payload={"logits": (3,)}, rule=rule)

@@ -88,5 +88,3 @@ def test_recipe_beside_a_users_file(tmp_path) -> None:
     method.with_suffix(".toml").write_text("[[recipe")
     with pytest.raises(InputError, match="not valid TOML"):
         find_recipe(found, "split-digits@1")
-
-

@@ -66,7 +66,7 @@ def test_a_good_file_conforms(tmp_path: Path) -> None:
 MISTAKES = {
     "undeclared hyperparameter": ('hp(0.1, "learning rate", low=0.0)', "0.1", "declares"),
     "host read": ('return {"loss": loss.detach()}', 'return {"loss": torch.tensor(loss.item())}', "host"),
-    "branch on a value": ("        loss.backward()", "        if loss > 100: return {}\n        loss.backward()", "host"),
+    "branch on a value": ("loss.backward()", "if loss > 100: return {}\n        loss.backward()", "host"),
     "state left out": (
         "loss = F.cross", "self._n = getattr(self, '_n', 0) + 1\n        loss = self._n * F.cross", "resumes",
     ),
@@ -102,7 +102,9 @@ def test_listing_agrees_with_the_classes() -> None:
         cls = find(entry["id"]).cls
         assert entry["settings"] == sorted(cls.settings)
         fields = config_fields(cls.Config)
-        assert {h["name"]: h["help"] for h in entry["hyperparameters"]} == {n: f.metadata["help"] for n, f in fields.items()}
+        assert {h["name"]: h["help"] for h in entry["hyperparameters"]} == {
+            n: f.metadata["help"] for n, f in fields.items()
+        }
         for shown in entry["hyperparameters"]:
             assert shown["default"] == fields[shown["name"]].default
         assert entry["title"], entry["id"]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tiny import make_store, split_scenario
 
 from clbench.data.reader import Reader
@@ -82,7 +81,10 @@ def test_sources() -> None:
     task = SCENARIO.tasks[0]
     with_val = replace(SCENARIO, tasks=(task._replace(val=(task.rows[:3], task.targets[:3])), *SCENARIO.tasks[1:]))
     assert made.plan(0, Phase("val", source="val"), 0).rows.numel() == 0
-    assert stream(scenario=with_val).plan(0, Phase("val", source="val", epochs=1), 0).rows.tolist() == task.rows[:3].tolist()
+    assert (
+        stream(scenario=with_val).plan(0, Phase("val", source="val", epochs=1), 0).rows.tolist()
+        == task.rows[:3].tolist()
+    )
 
 
 def test_iterations_go_round_the_source() -> None:
