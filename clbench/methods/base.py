@@ -208,8 +208,8 @@ class Method:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything learned. The base collects from the attributes: modules (frozen ones left out), optimisers,
-        anything else with `state_dict`/`load_state_dict`, tensors, and plain values (also in lists and dicts). Attributes
-        whose names start with `_` are scratch and left out."""
+        anything else with `state_dict`/`load_state_dict`, tensors, and plain values (also in lists and dicts).
+        Attributes whose names start with `_` are scratch and left out."""
         state: dict[str, Any] = {}
         for name, value in vars(self).items():
             if name in ("config", "setting", "view", "frozen_backbone") or name.startswith("_"):

@@ -1,8 +1,8 @@
 """Experience Replay: train on each incoming batch and on a batch drawn from a reservoir memory.
 
 Chaudhry et al. 2019, in the form of the online class-incremental literature (RaptorMai, PCR, HPCR code; card
-`online_baselines`, sections 2.1-2.3): loss = mean CE of the stream batch + mean CE of the replay batch, from two separate forward
-passes (each with its own batch-norm statistics), one SGD step, then the reservoir sees the batch.
+`online_baselines`, sections 2.1-2.3): loss = mean CE of the stream batch + mean CE of the replay batch, from two
+separate forward passes (each with its own batch-norm statistics), one SGD step, then the reservoir sees the batch.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ __all__ = ["Plan", "Stream", "Unlocks"]
 
 
 class Plan(NamedTuple):
-    """A phase of a task laid out. rows, targets: (n,) int64 on the device, domain (n,) or None. `iterations` counts
+    """Phase `number` of a task laid out. rows, targets: (n,) int64 on the device, domain (n,) or None. `iterations` counts
     batches over all epochs, `per_epoch` those of one."""
 
     phase: Phase
     task: int
-    index: int
+    number: int
     rows: Tensor
     targets: Tensor
     domain: Tensor | None
@@ -137,7 +137,7 @@ class Stream:
         return Batch(images, targets, rows, domain, seen, at, phase, epoch, last_update)
 
     def _permutation(self, plan: Plan, epoch: int) -> Tensor:
-        key = (plan.task, plan.index, epoch)
+        key = (plan.task, plan.number, epoch)
         if self._shuffle is None or self._shuffle[0] != key:
             rng = generator(self.seed, "shuffle", *key)
             self._shuffle = (key, torch.randperm(len(plan.rows), generator=rng).to(self.device))
