@@ -19,8 +19,8 @@ __all__ = ["Plan", "Stream", "Unlocks"]
 
 
 class Plan(NamedTuple):
-    """Phase `number` of a task laid out. rows, targets: (n,) int64 on the device, domain (n,) or None. `iterations` counts
-    batches over all epochs, `per_epoch` those of one."""
+    """Phase `number` of a task laid out. rows, targets: (n,) int64 on the device, domain (n,) or None.
+    `iterations` counts batches over all epochs, `per_epoch` those of one."""
 
     phase: Phase
     task: int

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import QUICK, CommandLine
+from conftest import CommandLine
 
 RECORD = {"spec.json", "env.json", "curve.parquet", "curve.png", "matrix.csv", "losses.parquet", "summary.json",
           "predictions.parquet", "DONE"}  # fmt: skip
@@ -29,10 +29,9 @@ def run_process(*words: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_several_seeds_as_a_process(tmp_path: Path) -> None:
-    process = run_process(*QUICK, "--seeds", "0-2", cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+def test_several_seeds(run_quick: CommandLine, tmp_path: Path) -> None:
+    code, out, err = run_quick("--seeds", "0-2")
+    assert code == 0, err
     found = records(tmp_path / "results/runs/split-digits@1/er")
     assert len(found) == 3
     for record in found:
