@@ -24,7 +24,7 @@ __all__ = ["Evaluator", "FullResult", "Mask", "watching"]
 
 Mask = Literal["seen", "all", "task"]
 IMAGE_CACHE_BYTES = 512 * 2**20
-CHUNK = 512  # rows of one forward pass
+CHUNK = 512  # rows of one forward pass on 32 px images; fewer of larger ones on a CPU, see `fitting_chunk`
 
 
 class FullResult(NamedTuple):
@@ -59,14 +59,14 @@ class Evaluator:
         slots: int,
         seed: int,
         device: torch.device | str = "cpu",
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> None:
         self.scenario = scenario
         self.read = read
         self.view = view
         self.mask = mask
         self.device = torch.device(device)
-        self.chunk = chunk
+        self.chunk = chunk or fitting_chunk(read, view, self.device)
         self.unlocks = Unlocks(scenario.first_seen, self.device)
         self.task_aware = scenario.setting == "task"
         self.subset = self._subset(per_group, seed)
@@ -280,6 +280,14 @@ class Evaluator:
         for slot, groups in enumerate(self.active[start:]):
             valid[slot, list(groups)] = True
         return valid
+
+
+def fitting_chunk(read: Reader, view: str, device: torch.device) -> int:
+    """Rows of one forward pass. On a CPU activations of large images fall out of the cache: mobilenetv2_100 at 128 px
+    takes 3 times longer per image in batches of 256 than in batches of 16 to 32 (see `clbench.backbones.features`)."""
+    if device.type != "cpu" or view not in read.views:
+        return CHUNK
+    return min(CHUNK, max(16, CHUNK * 3 * 32 * 32 // math.prod(read.output_shape(view))))
 
 
 def answer(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:

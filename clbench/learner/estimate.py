@@ -104,19 +104,18 @@ def trial(resolved: Resolved, seconds: float) -> tuple[int, float, int, int]:
         torch.save(state, file)
         sizes.append(file.getbuffer().nbytes)
 
-    marks: list[tuple[int, float]] = []  # steps and seconds spent on them
+    marks: list[tuple[int, float, float]] = []  # after each step: steps, seconds spent on them, clock
 
-    def stop() -> bool:
-        marks.append((learner.at.step, learner.times["data_s"] + learner.times["train_s"]))
-        return time.monotonic() > end
+    def stop() -> bool:  # timed from the first step: before it all test images may have been evaluated
+        marks.append((learner.at.step, learner.times["data_s"] + learner.times["train_s"], time.monotonic()))
+        return marks[-1][2] - marks[0][2] > seconds
 
     learner = make_learner(resolved, save=measure, stop=stop)
-    end = time.monotonic() + seconds
     with contextlib.suppress(Interrupted):
         learner.run()
     first, last = marks[min(WARM_UP, len(marks) - 1)], marks[-1]
     if first == last:
-        first = (0, 0.0)
+        first = (0, 0.0, 0.0)
     return last[0], (last[1] - first[1]) / (last[0] - first[0]), max(sizes), len(learner.losses.names)
 
 

@@ -121,7 +121,8 @@ def resolve(spec: RunSpec) -> Resolved:
         scenario, reader, seed=spec.seed, device=device,
         batch_size=options["batch_size"].value, epochs=options["epochs"].value,
     )  # fmt: skip
-    method = make_method(found.cls, config, network.to(device), scenario, stream)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
+    method = make_method(found.cls, config, network, scenario, stream)
     mask: Mask = "task" if scenario.setting == "task" else options["mask"].value
     plans = [
         [stream.plan(index, phase, number) for number, phase in enumerate(method.phases(task, index))]

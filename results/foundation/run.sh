@@ -6,7 +6,7 @@ set -euo pipefail
 what=$1
 out=${2:-results/runs}
 clbench="${PYTHON:-python} -m clbench"
-cifar=(--scenario split-cifar100 --scenario-set per_class=100 --order-seed 1993 --threads 1 --out "$out"
+cifar=(--scenario split-cifar100 --order-seed 1993 --threads 1 --out "$out"
   --backbone mobilenetv2_100 --backbone-set pad_type=same --backbone-set bn_eps=1e-3 --weights "${WEIGHTS:-}"
   --train-view "resize(128,bicubic) normalize(0.5,0.5)" --test-view "resize(128,bicubic) normalize(0.5,0.5)")
 
@@ -17,6 +17,7 @@ case $what in
     done
     ;;
   cifar100) # frozen backbone, batch norm in eval mode, features extracted once
+    cifar+=(--scenario-set per_class=100)
     $clbench run --method nmc "${cifar[@]}"
     $clbench run --method slca "${cifar[@]}" --set backbone_scale=0 --set align=false
     $clbench run --method slca "${cifar[@]}" --set backbone_scale=0
