@@ -34,7 +34,7 @@ Range = tuple[float, float]  # written low:high
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1]; floating point images pass as they are."""
-    return images if images.is_floating_point() else images.to(torch.float32).div_(255)
+    return images if images.is_floating_point() else images / 255
 
 
 class Operation:

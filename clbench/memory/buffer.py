@@ -40,22 +40,20 @@ def reservoir_slots(
     uniform: (num_new - filled,) float64 in [0, 1), one draw for each sample behind the fill.
     """
     filled = min(max(capacity - num_seen, 0), num_new)
-    device = uniform.device if uniform is not None else torch.device("cpu")
-    slots = torch.arange(num_seen, num_seen + filled, device=device)
     rest = num_new - filled
     if rest == 0:
-        return slots
+        return torch.arange(num_seen, num_seen + filled, device=None if uniform is None else uniform.device)
     if uniform is None:
         raise ValueError(f"{rest} samples arrive behind the fill and need a draw each")
-    seen = torch.full((rest,), num_seen + filled, dtype=torch.float64, device=device)
+    drawn = uniform * (num_seen + filled)
     if rule == "exact":
-        seen += torch.arange(1, rest + 1, device=device)
-    drawn = (uniform * seen).floor().to(torch.int64)
-    again_later = (drawn[:, None] == drawn[None, :]).triu(diagonal=1).any(dim=1)
-    drawn = drawn.masked_fill(again_later, capacity).clamp(max=capacity)
-    # a later sample of the same batch may also take the slot of one that has just filled the buffer
-    taken = (slots[:, None] == drawn[None, :]).any(dim=1)
-    return torch.cat([slots.masked_fill(taken, capacity), drawn])
+        drawn = uniform * torch.arange(num_seen + filled + 1, num_seen + num_new + 1, device=uniform.device)
+    slots = drawn.long()
+    if filled:
+        slots = torch.cat([torch.arange(num_seen, num_seen + filled, device=uniform.device), slots])
+    # a later sample of this batch may take the same slot, even one that has just filled the buffer: the last one stays
+    again_later = (slots[:, None] == slots).triu_(diagonal=1).any(dim=1)
+    return slots.masked_fill_(again_later, capacity).clamp_(max=capacity)
 
 
 class Buffer:
@@ -105,8 +103,8 @@ class Buffer:
 
     def take(self, slots: Tensor) -> Exemplars:
         """Entries at `slots` (m,) int64."""
-        rows, targets, domain = self._index[:, slots]
-        payload = {name: value[slots] for name, value in self._payload.items()}
+        rows, targets, domain = self._index.index_select(1, slots).unbind()
+        payload = {name: value.index_select(0, slots) for name, value in self._payload.items()}
         return Exemplars(slots, rows, targets, domain if self.has_domain else None, payload)
 
     def add(
@@ -121,11 +119,11 @@ class Buffer:
             device = self._index.device
             uniform = torch.rand(rest, dtype=torch.float64, generator=rng, device=device)
             slots = reservoir_slots(self.num_seen, num_new, self.capacity, self.rule, uniform)
-            self._index[0].index_copy_(0, slots, rows)
-            self._index[1].index_copy_(0, slots, targets)
+            arrived = [rows, targets]
             if domain is not None:
                 self.has_domain = True
-                self._index[2].index_copy_(0, slots, domain)
+                arrived.append(domain)
+            self._index[: len(arrived)].index_copy_(1, slots, torch.stack(arrived))
             for name, value in payload.items():
                 self._payload[name].index_copy_(0, slots, value.detach().to(self._payload[name].dtype))
         self.num_seen += num_new

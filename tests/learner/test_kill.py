@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-COMMON = ["--scenario", "split-digits", "--scenario-set", "per_class=60", "--checkpoint-every", "5", "--threads", "1"]
+COMMON = ["--scenario", "split-digits", "--checkpoint-every", "5", "--threads", "1"]
 METHODS = {
-    "er": ["--epochs", "4"],
-    "slca": ["--epochs", "2", "--backbone", "mlp"],
-    "nmc": ["--batch-size", "4"],
+    "er": ["--epochs", "6"],
+    "slca": ["--epochs", "2", "--backbone", "mlp", "--set", "ca_epochs=3"],
+    "nmc": ["--batch-size", "2"],
 }
 SAME = ("curve.parquet", "losses.parquet", "matrix.csv", "predictions.parquet")
 TAKES_ANY_VALUE = ("times", "peak_memory_bytes")  # seconds and bytes of this very process
@@ -41,21 +41,31 @@ def resumed(out: Path) -> bool:
     return any("checkpoint" in note for entry in env for note in entry["notes"])
 
 
+def start(method: str, out: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a run; returns as soon as it has saved a first checkpoint (or has ended)."""
+    process = subprocess.Popen(command(method, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    while process.poll() is None and not list(out.glob("*/*/*/checkpoint/*.pt")):
+        time.sleep(0.005)
+    return process
+
+
 def survive(method: str, folder: Path, kills: int, seed: int) -> int:
-    """Kill fresh runs at `kills` moments spread over a run's length; returns how many went on from a checkpoint."""
+    """Kill fresh runs at `kills` moments between their first checkpoint and their end; returns how many of them went on
+    from a checkpoint (the others were at their very end)."""
     env = {**os.environ, "CLBENCH_CACHE": str(folder / "cache")}
     whole = folder / "whole"
     subprocess.run(command(method, whole), check=True, capture_output=True, env=env)  # also fills the data cache
+    process = start(method, folder / "again", env)
     begin = time.monotonic()
-    subprocess.run(command(method, folder / "again"), check=True, capture_output=True, env=env)
+    assert process.wait() == 0
     length = time.monotonic() - begin
     expected = record(whole)
     assert record(folder / "again") == expected
     rng, count = random.Random(seed), 0
     for number in range(kills):
         out = folder / f"kill-{number}"
-        process = subprocess.Popen(command(method, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-        time.sleep(length * (0.3 + 0.7 * rng.random()))  # imports take the first third
+        process = start(method, out, env)
+        time.sleep(length * rng.random())
         process.send_signal(signal.SIGKILL)
         process.wait()
         result = subprocess.run(command(method, out), check=False, capture_output=True, env=env, text=True)
