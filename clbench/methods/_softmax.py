@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clbench.methods.base import Head, Method, Setting, hp
+from clbench.stream.types import Batch
 
 __all__ = ["SgdConfig", "SoftmaxMethod"]
 
@@ -49,6 +51,14 @@ class SoftmaxMethod(Method):
         elif self.config.train_classes == "seen":
             logits = logits.masked_fill(~seen, -torch.inf)
         return nn.functional.cross_entropy(logits, targets)
+
+    def step(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Cross entropy on the batch, one SGD step."""
+        loss = self.loss(batch.images, batch.targets, batch.seen)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach()}
 
     def classify(self, features: Tensor, allowed: Tensor, task: int | None) -> Tensor:
         out: Tensor = self.classifier(features)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from clbench.methods._softmax import SgdConfig, SoftmaxMethod
-from clbench.stream.types import Batch
 
 
 class Finetune(SoftmaxMethod):
@@ -15,13 +10,6 @@ class Finetune(SoftmaxMethod):
 
     Config = SgdConfig
     aliases = ("seqft", "naive", "sgd")
-
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
-        loss = self.loss(batch.images, batch.targets, batch.seen)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": loss.detach()}
 
 
 METHOD = Finetune

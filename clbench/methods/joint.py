@@ -7,16 +7,16 @@ still shows a stability gap: Hess et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from clbench.methods._softmax import SgdConfig, SoftmaxMethod
 from clbench.methods.base import Setting, hp
 from clbench.scenarios.model import Task
-from clbench.stream.types import Batch, Cursor, Phase
+from clbench.stream.types import Cursor, Phase
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,6 @@ class Joint(SoftmaxMethod):
             for name, state in self._initial.items():
                 getattr(self, name).load_state_dict(state)
             self.optimizer.state.clear()
-
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
-        loss = self.loss(batch.images, batch.targets, batch.seen)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": loss.detach()}
 
 
 METHOD = Joint

@@ -1,6 +1,6 @@
 """Turn the run records of `run.sh` into what is committed: spec.json and summary.json of each run, and table.md.
 
-    python results/foundation/collect.py results/runs
+python results/foundation/collect.py results/runs
 """
 
 import shutil
@@ -22,13 +22,16 @@ def main(folder: Path) -> None:
         spec = found.spec
         kept = HERE / "runs" / spec.scenario / spec.method / found.path.name
         kept.mkdir(parents=True, exist_ok=True)
-        for name in ("spec.json", "env.json", "summary.json"):
+        for name in ("spec.json", "summary.json"):  # env.json holds the command line, and with it folders
             shutil.copy(found.path / name, kept / name)
         cap = spec.scenario_params.get("per_class")
         given = ", ".join(f"{k}={v.value}" for k, v in spec.hyperparameters.items() if v.source == "--set")
         key = (spec.scenario + (f", per_class={cap}" if cap else ""), spec.method, given or "defaults", spec.backbone)
         rows.setdefault(key, []).append(found.summary)
-    lines = ["| scenario | method | set | backbone | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (5 + len(COLUMNS)) + "|"]
+    lines = [
+        "| scenario | method | set | backbone | seeds | " + " | ".join(COLUMNS) + " |",
+        "|---" * (5 + len(COLUMNS)) + "|",
+    ]
     for key, summaries in sorted(rows.items()):
         stats = aggregate([{column: s[column] for column in COLUMNS} for s in summaries])
         cells = [
