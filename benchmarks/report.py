@@ -10,8 +10,8 @@ from pathlib import Path
 
 HEAD = """# What clbench adds to the maths
 
-Ratios against a bare PyTorch loop on the same images in the same process, interleaved A B A B, CPU time, one thread; the
-ratio is the median over neighbouring pairs. Milliseconds depend on what else the machine did.
+Ratios against a bare PyTorch loop on the same images in the same process, interleaved A B A B, CPU time, one thread;
+the ratio is the median over neighbouring pairs. Milliseconds depend on what else the machine did.
 
 ```
 python -m tox -e benchmarks -- --benchmark-json=bench.json
@@ -26,9 +26,8 @@ def main(path: Path) -> None:
     cpu = machine.get("cpu", {})
     where = f"{cpu.get('brand_raw', machine['processor'])}, {cpu.get('count', '?')} cores"
     print(HEAD)
-    print(
-        f"{where}, Python {machine['python_version']}, commit {data['commit_info']['id'][:10]}, {data['datetime'][:10]}.\n"
-    )
+    commit, day = data["commit_info"]["id"][:10], data["datetime"][:10]
+    print(f"{where}, Python {machine['python_version']}, commit {commit}, {day}.\n")
     print("| what | ratio or s | budget | clbench, ms | floor, ms | per | met |")
     print("|---|---|---|---|---|---|---|")
     for entry in data["benchmarks"]:
