@@ -127,12 +127,18 @@ def problems_of_rows(scenario: Scenario, tables: Sequence[LabelTable]) -> Proble
     for where, columns in tables_of(scenario):
         rows = columns["rows"]
         is_group = where.startswith("group")
+        if is_group and scenario.recall:
+            continue  # they are tested on what they have been shown: see below
         wrong = int((split[rows] != (TEST if is_group else TRAIN)).sum())
         if wrong:
             yield f"{where}: {wrong} of {len(rows)} rows are {'training' if is_group else 'test'} rows"
     trained = torch.zeros(len(split), dtype=torch.bool)
     for task in scenario.tasks:
         trained[task.rows] = True
+    if scenario.recall:
+        for group in scenario.groups:
+            if not bool(trained[group.rows].all()):
+                yield f"group {group.name!r}: {int((~trained[group.rows]).sum())} rows of a recall test are never shown"
     for index, task in enumerate(scenario.tasks):
         if task.val is not None and bool(trained[task.val[0]].any()):
             yield f"task {index}: {int(trained[task.val[0]].sum())} validation rows are also trained on"
@@ -204,7 +210,10 @@ def problems_of_groups(scenario: Scenario, tables: Sequence[LabelTable]) -> Prob
 
 
 def problems_of_labels(scenario: Scenario, tables: Sequence[LabelTable]) -> Problems:
-    """In tests a label means one class (per level and domain); in training it mostly does (noise is allowed)."""
+    """In tests a label means one class (per level and domain); in training it mostly does (noise is allowed). Where
+    rows are recalled, each is a class of its own."""
+    if scenario.recall:
+        return
     offsets = [0]
     for table in tables:
         offsets.append(offsets[-1] + len(table.classes))
@@ -227,10 +236,14 @@ def problems_of_labels(scenario: Scenario, tables: Sequence[LabelTable]) -> Prob
 def problems_of_domains(scenario: Scenario, tables: Sequence[LabelTable]) -> Problems:
     """Domains that are named exist, and are what their kind says."""
     domains = scenario.domains
-    if domains is not None:
+    if domains is not None and domains.kind == "permutation":
         expected = torch.arange(domains.table.shape[1]).expand_as(domains.table)
         if not torch.equal(domains.table.sort(dim=1).values, expected):
             yield "a row of the domain table is no permutation of the pixels"
+    if domains is not None and domains.kind == "rotation" and domains.table.shape[1] != 1:
+        yield f"a rotation has one number per domain, in degrees, not {domains.table.shape[1]}"
+    if domains is not None and domains.kind == "overlay" and not -1 <= domains.table.min() <= domains.table.max() <= 255:
+        yield "an overlay holds grey values from 0 to 255, or -1 where the image stays"
     for where, columns in tables_of(scenario):
         used = columns.get("domain")
         if used is None or len(used) == 0:
@@ -251,6 +264,8 @@ def problems_of_defaults(scenario: Scenario, tables: Sequence[LabelTable]) -> Pr
             yield f"defaults: {name} is {getattr(defaults, name)}, but must be at least 1"
     if defaults.eval_dense < 0 or (defaults.eval_every is not None and defaults.eval_every < 0):
         yield "defaults: eval_every and eval_dense cannot be negative"
+    if defaults.eval_samples is not None and (defaults.eval_samples < 1 or not scenario.online):
+        yield "defaults: eval_samples is a number of samples above 0, for online scenarios"
     for name in ("train_view", "test_view"):
         try:
             parse_view(getattr(defaults, name))

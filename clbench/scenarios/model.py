@@ -58,10 +58,15 @@ class Group(NamedTuple):
 
 
 class Domains(NamedTuple):
-    """How a row is changed before its view. kind `permutation`: table (num_domains, H*W) int64; pixel p of the result
-    is pixel table[d, p] of the image, in every channel."""
+    """How a stored image is changed before its view; `table` is int64 with one row per domain.
 
-    kind: Literal["permutation"]
+    kind `permutation`, table (num_domains, H*W): pixel p of the result is pixel table[d, p], in every channel.
+    kind `rotation`, table (num_domains, 1): turned about its centre by so many degrees, anticlockwise, bilinear; what
+        comes in from outside is 0.
+    kind `overlay`, table (num_domains, H*W): pixel p is set to the grey value table[d, p] in 0..255; -1 leaves it.
+    """
+
+    kind: Literal["permutation", "rotation", "overlay"]
     table: Tensor
 
 
@@ -73,6 +78,8 @@ class StreamDefaults:
     each batch. drop_last: leave out a ragged last batch. eval_every / eval_dense / eval_per_group: evaluate after each
     of the first `eval_dense` steps behind a task switch, then every `eval_every` steps, on at most `eval_per_group`
     rows per group; `eval_every=None` lets the evaluator size it so that it costs no more than training.
+    eval_samples: evaluate by samples instead, as the Si-Blurry protocol does: behind the batch with which more than a
+    further multiple of so many samples has been streamed.
     train_view / test_view: see `clbench.data.views`.
     """
 
@@ -83,6 +90,7 @@ class StreamDefaults:
     eval_every: int | None = None
     eval_dense: int = 10
     eval_per_group: int = 200
+    eval_samples: int | None = None
     train_view: str = ""
     test_view: str = ""
 
@@ -90,7 +98,8 @@ class StreamDefaults:
 @dataclass(frozen=True)
 class Scenario:
     """A complete index table. `first_seen`: (C,) int64 position in the stream (rows of all earlier tasks, plus rows
-    of this one) at which a class unlocks: its task's start, or its first sample."""
+    of this one) at which a class unlocks: its task's start, or its first sample. Rows count through all data sets, in
+    the order of `datasets`. recall: tests ask for the very rows that were trained on (the instance test)."""
 
     id: str
     datasets: tuple[str, ...]
@@ -103,6 +112,7 @@ class Scenario:
     defaults: StreamDefaults = StreamDefaults()
     domains: Domains | None = None
     prompts: Mapping[int, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    recall: bool = False
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property

@@ -1,4 +1,4 @@
-"""Find a scenario by name and build it: presets of `presets.toml`, or a user's own file.
+"""Find a scenario by name and build it: presets of `presets/*.toml`, or a user's own file.
 
 A user's file `mine.py` holds `DATASETS` (names or paths), optionally `Params` (a frozen dataclass of `param`s),
 `DEFAULTS` (StreamDefaults) and `VERSION`, and
@@ -67,6 +67,13 @@ class Preset:
         """Order of rows that its data is loaded in: `canonical`, or `source` where an official stream needs it."""
         return str(getattr(self.params, "row_order", "canonical"))
 
+    @property
+    def size(self) -> int | None:
+        """Side in pixels that its images are resized to once, as they are loaded; None leaves them as they are. Data
+        sets that are streamed together must have one size."""
+        size = getattr(self.params, "size", None)
+        return None if size is None else int(size)
+
     def with_params(self, given: Mapping[str, Any]) -> "Preset":
         """Return this recipe with other parameters, which may be text from a command line.
 
@@ -123,7 +130,7 @@ def find(name: str | Path) -> Preset:
     module = importlib.import_module(f"clbench.scenarios.{entry['builder']}")
     from clbench.scenarios.model import StreamDefaults
 
-    where = f"presets.toml, {id}"
+    where = f"{entry['file']}, {id}"
     return Preset(
         id=id,
         title=entry["title"],
@@ -159,11 +166,16 @@ def build(preset: Preset, tables: Sequence["LabelTable"], order_seed: int) -> "S
 
 @cache
 def read_presets() -> dict[str, dict[str, Any]]:
-    with (Path(__file__).parent / "presets.toml").open("rb") as file:
-        entries: dict[str, dict[str, Any]] = tomllib.load(file)
-    for id in entries:
-        if not ID.fullmatch(id):
-            raise ValueError(f"presets.toml: {id!r} is not of the form name@version")
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted((Path(__file__).parent / "presets").glob("*.toml")):
+        with path.open("rb") as file:
+            found: dict[str, dict[str, Any]] = tomllib.load(file)
+        for id, entry in found.items():
+            if not ID.fullmatch(id):
+                raise ValueError(f"{path.name}: {id!r} is not of the form name@version")
+            if id in entries:
+                raise ValueError(f"{path.name}: {id!r} stands in another file too")
+            entries[id] = {**entry, "file": path.name}
     return entries
 
 

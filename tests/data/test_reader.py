@@ -77,5 +77,5 @@ def test_bad_readers(store: ImageStore) -> None:
         Reader(store, {"train": ""})
     with pytest.raises(InputError, match=r"random_crop\(17\) is larger than the 16x16 images"):
         Reader(store, VIEWS | {"train": "random_crop(17)"})
-    with pytest.raises(InputError, match=r"permutes 100 pixels, but the images of d have 256"):
+    with pytest.raises(InputError, match=r"changes images of 100 pixels, but those of d have 256"):
         Reader(store, VIEWS, Domains("permutation", torch.arange(100)[None]))
