@@ -52,7 +52,7 @@ def real_layout(name: str) -> LabelTable:
     table = balanced(name, *known.rows, known.num_classes, len(known.coarse) or COARSE.get(name, 0))
     if name == "pacs":
         groups = torch.arange(len(table.labels)) // known.num_classes % 4
-        table = table._replace(groups=groups, group_names=("art_painting", "cartoon", "photo", "sketch"))
+        table = table._replace(groups=groups, group_names=("photo", "art_painting", "cartoon", "sketch"))
     return table
 
 
