@@ -116,6 +116,9 @@ def run(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="Rows of the stream per step.")] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes per task; not for online scenarios.")] = None,
+    updates_per_batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Optimiser steps on each batch of the stream.")
+    ] = None,
     train_view: Annotated[
         str | None, typer.Option(metavar="VIEW", help='Pipeline for training images, e.g. "pad_crop(4) flip".')
     ] = None,
@@ -161,6 +164,7 @@ def run(
         "eval_per_group": eval_per_group,
         "batch_size": batch_size,
         "epochs": epochs,
+        "updates_per_batch": updates_per_batch,
         "train_view": train_view,
         "test_view": test_view,
         "data": tuple(data or ()),

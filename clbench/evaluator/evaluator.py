@@ -78,7 +78,7 @@ class Evaluator:
         ]
         groups = len(scenario.groups)
         self._table = torch.zeros((max(slots, 1), groups), dtype=torch.int64, device=self.device)
-        self.points: list[tuple[int, int, int]] = []  # step, task, phase of each used slot
+        self.points: list[tuple[int, int, int, int]] = []  # step, task, phase, stream position of each used slot
         self.active: list[tuple[int, ...]] = []  # groups evaluated at each used slot
         self._images: Tensor | None = None
         self._features: dict[int, tuple[int, Tensor]] = {}  # group -> (version, features of its subset)
@@ -101,7 +101,7 @@ class Evaluator:
             self._table = torch.cat([self._table, torch.zeros_like(self._table)])
         with watching(method):
             self._count(method, groups, self.unlocks.index(position), self._table[slot])
-        self.points.append((step, task, phase))
+        self.points.append((step, task, phase, position))
         self.active.append(groups)
 
     def full(self, method: Method, position: int, progress: Callable[[int, int], None] | None = None) -> FullResult:
@@ -130,7 +130,7 @@ class Evaluator:
 
     # -- what came out -------------------------------------------------------------------------------------------
     def drain(self, start: int = 0) -> dict[str, Any]:
-        """Copy the table to the host: `points` (S, 3) step, task, phase; `hits` (S, G); `valid` (S, G), from
+        """Copy the table to the host: `points` (S, 4) step, task, phase, stream position; `hits` (S, G); `valid` (S, G), from
         slot `start` on, and `totals` (G,)."""
         return {
             "points": self.points[start:],
@@ -141,13 +141,13 @@ class Evaluator:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "points": torch.tensor(self.points, dtype=torch.int64).reshape(-1, 3),
+            "points": torch.tensor(self.points, dtype=torch.int64).reshape(-1, 4),
             "valid": self._valid(0),
             "hits": self._table[: len(self.points)].clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.points = [(step, task, phase) for step, task, phase in state["points"].tolist()]
+        self.points = [(step, task, phase, position) for step, task, phase, position in state["points"].tolist()]
         self.active = [tuple(index for index, on in enumerate(row) if on) for row in state["valid"].tolist()]
         if len(self.points) > len(self._table):
             self._table = self._table.new_zeros((len(self.points), self._table.shape[1]))

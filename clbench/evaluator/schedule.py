@@ -7,19 +7,35 @@ __all__ = ["Schedule", "fit_schedule"]
 
 
 class Schedule(NamedTuple):
-    """Evaluate after each of the first `dense` steps of a task, then after every `every`-th; `every=0` never."""
+    """Evaluate after each of the first `dense` steps of a task, then after every `every`-th; `every=0` never.
+
+    samples: evaluate by samples instead (Si-Blurry protocol, card section 1): behind the batch with which more than a
+    further multiple of so many samples has been streamed, at most once per batch.
+    """
 
     every: int
     dense: int = 0
+    samples: int | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any evaluation between task ends."""
+        return self.every > 0 or self.samples is not None
+
+    def due_by_samples(self, position: int, done: int) -> bool:
+        """Whether to evaluate behind a batch that ends at stream position `position`, after `done` such evaluations."""
+        return self.samples is not None and position > (done + 1) * self.samples
 
     def due(self, step_in_task: int) -> bool:
         """Whether to evaluate after the `step_in_task`-th step (from 1) of a task."""
         return self.every > 0 and (step_in_task <= self.dense or step_in_task % self.every == 0)
 
-    def count(self, steps: int) -> int:
-        """Evaluations of a task of `steps` steps, its end included."""
-        if self.every == 0 or steps == 0:
+    def count(self, steps: int, samples: int = 0) -> int:
+        """Evaluations of a task of `steps` steps and `samples` rows, its end included; by samples one too many at most."""
+        if steps == 0 or not self.on:
             return 0
+        if self.samples is not None:
+            return samples // self.samples + 2
         dense = min(self.dense, steps)
         sparse = steps // self.every - dense // self.every
         return dense + sparse + (not self.due(steps))

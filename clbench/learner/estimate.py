@@ -68,7 +68,7 @@ def estimate(resolved: Resolved, seconds: float = TRIAL_SECONDS) -> Estimate:
     sizes = [len(group.rows) for group in scenario.groups]
     evaluations, images = 0, len(plans) * sum(sizes)
     for index, task in enumerate(plans):
-        count = resolved.schedule.count(sum(plan.steps for plan in task))
+        count = resolved.schedule.count(sum(plan.steps for plan in task), len(scenario.tasks[index].rows))
         tested = [len(group.rows) for group in scenario.groups if group.task is None or group.task <= index]
         evaluations += count
         images += count * sum(min(n, resolved.per_group) for n in tested)

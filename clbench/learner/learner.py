@@ -71,6 +71,8 @@ class Learner:
         self.task_starts: list[int] = []  # step at which each task began
         self.matrix: list[tuple[int, Tensor]] = []  # (task it follows, -1 before training; hits (G,))
         self.predictions: list[Tensor] = []  # after each task: (all test rows,) int32
+        self.memory: list[dict[str, int]] = []  # after each task: what the method keeps, bytes by name
+        self.sampled = 0  # evaluations that were due by samples
         self.times = {"data_s": 0.0, "train_s": 0.0, "evaluate_s": 0.0, "save_s": 0.0}
         self.images_trained = 0
         self.guard: Callable[[], AbstractContextManager[None]] = nullcontext  # tests put `forbid_host_reads` here
@@ -157,9 +159,12 @@ class Learner:
                 self.at = at._replace(iteration=at.iteration + 1, update=0, step=step)
             else:
                 self.at = at._replace(update=at.update + 1, step=step)
-            if self.schedule.due(step - task_start):
+            position = stream.position(plan, at.iteration)
+            by_samples = batch.last_update and self.schedule.due_by_samples(position, self.sampled)
+            if by_samples or self.schedule.due(step - task_start):
+                self.sampled += by_samples
                 with self._autocast(), self.guard():
-                    evaluator.observe(method, at.task, at.phase, step, stream.position(plan, at.iteration))
+                    evaluator.observe(method, at.task, at.phase, step, position)
             times["data_s"] += got - begin
             times["train_s"] += trained - got
             times["evaluate_s"] += clock() - trained
@@ -171,7 +176,7 @@ class Learner:
 
     def _observe_start(self, plan: Plan) -> None:
         begin = time.perf_counter()
-        if self.schedule.every and not self.evaluator.points:
+        if self.schedule.on and not self.evaluator.points:
             with self._autocast():
                 self.evaluator.observe(self.method, 0, 0, 0, self.stream.position(plan, 0))
         if self._before_training and not self.matrix:
@@ -183,7 +188,7 @@ class Learner:
         index, step = self.at.task, self.at.step
         observed = self.evaluator.points[-1][0] if self.evaluator.points else -1
         end = self.scenario.offsets[index + 1]
-        if self.schedule.every and observed != step:
+        if self.schedule.on and observed != step:
             last_phase = max(self.at.phase - 1, 0)
             with self._autocast():
                 self.evaluator.observe(self.method, index, last_phase, step, end)
@@ -201,6 +206,7 @@ class Learner:
         self.matrix.append((index, result.hits.cpu()))
         if index >= 0:
             self.predictions.append(result.predictions.cpu())
+            self.memory.append(self.method.memory_bytes())
 
     # -- books ---------------------------------------------------------------------------------------------------
     def _housekeeping(self, plan: Plan) -> None:
@@ -253,6 +259,8 @@ class Learner:
             "task_starts": list(self.task_starts),
             "matrix": [[after, hits] for after, hits in self.matrix],
             "predictions": list(self.predictions),
+            "memory": list(self.memory),
+            "sampled": self.sampled,
             "times": dict(self.times),
             "images_trained": self.images_trained,
         }
@@ -267,6 +275,8 @@ class Learner:
         self.task_starts = list(state["task_starts"])
         self.matrix = [(after, hits) for after, hits in state["matrix"]]
         self.predictions = list(state["predictions"])
+        self.memory = list(state["memory"])
+        self.sampled = state["sampled"]
         self.times = dict(state["times"])
         self.images_trained = state["images_trained"]
         self._saved_at = (self.at.step, time.monotonic())

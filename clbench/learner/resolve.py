@@ -68,14 +68,17 @@ class Resolved:
 
     def evaluator(self) -> Evaluator:
         """A fresh evaluator, its table large enough for the whole run."""
-        steps = [sum(plan.steps for plan in plans) for plans in self.plans]
+        tasks = [
+            (sum(plan.steps for plan in plans), len(task.rows))
+            for plans, task in zip(self.plans, self.scenario.tasks, strict=True)
+        ]
         return Evaluator(
             self.scenario,
             self.reader,
             view=self.method.view,
             mask=self.mask,
             per_group=self.per_group,
-            slots=1 + sum(self.schedule.count(n) + 1 for n in steps),
+            slots=1 + sum(self.schedule.count(steps, rows) + 1 for steps, rows in tasks),
             seed=self.spec.seed,
             device=self.device,
         )
@@ -120,6 +123,7 @@ def resolve(spec: RunSpec) -> Resolved:
     stream = Stream(
         scenario, reader, seed=spec.seed, device=device,
         batch_size=options["batch_size"].value, epochs=options["epochs"].value,
+        updates=options["updates_per_batch"].value,
     )  # fmt: skip
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
     method = make_method(found.cls, config, network, scenario, stream)
@@ -154,6 +158,8 @@ def resolve(spec: RunSpec) -> Resolved:
         "precision": spec.precision,
         "device_type": device.type,
     }
+    if schedule.samples is not None:
+        identity["eval_samples"] = schedule.samples
     document = {
         **identity,
         "hyperparameters": hyperparameters,
@@ -225,6 +231,7 @@ def run_options(
         "test_view": (spec.test_view, defaults.test_view),
         "batch_size": (spec.batch_size, defaults.batch_size),
         "epochs": (spec.epochs, defaults.epochs),
+        "updates_per_batch": (spec.updates_per_batch, defaults.updates_per_batch),
         "eval_per_group": (spec.eval_per_group, defaults.eval_per_group),
         "mask": (spec.mask, None),
     }
@@ -344,6 +351,8 @@ def make_schedule(spec: RunSpec, scenario: Scenario, plans: list[list[Plan]], pe
     if spec.eval_every is not None:
         return Schedule(spec.eval_every, 0), "--eval-every"
     defaults = scenario.defaults
+    if defaults.eval_samples is not None:
+        return Schedule(0, 0, defaults.eval_samples), "scenario"
     steps = [sum(plan.steps for plan in task) for task in plans]
     images = [sum(plan.steps * min(plan.batch_size, len(plan.rows)) for plan in task) for task in plans]
     unlocked = [

@@ -1,6 +1,7 @@
 """From a specification to a finished run record: resume what is unfinished, show what is done, lose nothing."""
 
 import contextlib
+import copy
 import resource
 import signal
 import sys
@@ -21,7 +22,7 @@ from clbench.errors import RunFailed
 from clbench.learner.learner import Interrupted, Learner, Progress
 from clbench.learner.resolve import Resolved
 from clbench.methods.base import Method
-from clbench.metrics import Curve, summarise
+from clbench.metrics import Curve, per_level, summarise
 from clbench.store.record import RunRecord, run_id
 
 __all__ = ["RunResult", "attach_features", "make_learner", "run", "run_folder", "weights_digest"]
@@ -107,8 +108,22 @@ def make_learner(
 
 
 def attach_features(resolved: Resolved, progress: Progress | None) -> None:
-    """Extract the frozen backbone's features of all rows of the scenario, once; later runs find them in the cache."""
+    """Extract the frozen backbone's features of all rows of the scenario, once; later runs find them in the cache.
+
+    Where the scenario changes pixels, a row looks different in every domain: features are then computed as they are
+    asked for, not kept.
+    """
     reader, store = resolved.reader, resolved.store
+    if resolved.scenario.domains is not None:
+        network = copy.deepcopy(resolved.backbone).eval()
+
+        def live(rows: torch.Tensor, domain: torch.Tensor | None) -> torch.Tensor:
+            with torch.no_grad():
+                features: torch.Tensor = network(reader(rows, domain, "test"))
+            return features
+
+        reader.features = live
+        return
 
     def read(rows: torch.Tensor) -> torch.Tensor:
         return reader(rows.to(resolved.device), None, "test")
@@ -133,18 +148,22 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
     group_task = np.array([-1 if group.task is None else group.task for group in scenario.groups])
     names = [group.name for group in scenario.groups]
     drained = evaluator.drain()
-    points = np.array(drained["points"], dtype=np.int64).reshape(-1, 3)
+    points = np.array(drained["points"], dtype=np.int64).reshape(-1, 4)
     curve = Curve.of(
-        steps=points[:, 0], task=points[:, 1], phase=points[:, 2], hits=drained["hits"], totals=drained["totals"],
-        valid=drained["valid"], groups=names, group_task=group_task,
+        steps=points[:, 0], task=points[:, 1], phase=points[:, 2], position=points[:, 3], hits=drained["hits"],
+        totals=drained["totals"], valid=drained["valid"], groups=names, group_task=group_task,
         task_ends=[*learner.task_starts[1:], learner.at.step],
     )  # fmt: skip
     rows = {after: hits.numpy() / np.maximum(sizes, 1) for after, hits in learner.matrix}
     matrix = np.stack([rows[index] for index in range(len(scenario.tasks))])
+    active = np.zeros(matrix.shape, np.bool_)  # groups that had begun to count after each task
+    for index in range(len(scenario.tasks)):
+        active[index, list(evaluator.active_groups(index, scenario.offsets[index + 1]))] = True
     metrics = summarise(
         matrix, group_task=group_task, sizes=sizes, setting=scenario.setting, mask=resolved.mask, before=rows.get(-1),
-        curve=curve,
+        curve=curve, active=active, sample_period=scenario.defaults.eval_samples if scenario.online else None,
     )  # fmt: skip
+    levels = np.array([group.level for group in scenario.groups])
     phase_names = [[plan.phase.name for plan in plans] for plans in resolved.plans]
     record.write_curve(curve, phase_names)
     record.write_matrix(matrix, names, sizes=sizes, before=rows.get(-1))
@@ -162,6 +181,8 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
         "times": {key: round(value, 4) for key, value in learner.times.items()},
         "num_parameters": sum(parameters.values()),
         "memory_bytes": resolved.method.memory_bytes(),
+        "memory_per_task": learner.memory,
+        "levels": per_level(levels, matrix, curve, active, sizes, scenario.defaults.eval_samples),
         "peak_memory_bytes": peak_memory(resolved.device),
         "forward_flops_per_image": forward_flops(resolved),
         "evaluations": len(points),

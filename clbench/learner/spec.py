@@ -14,6 +14,7 @@ class RunSpec(BaseModel):
     set: hyperparameters given by name. scenario_params: parameters of the scenario's builder given by name.
     order_seed: class and stream order, `seed` if None. eval_every: steps between evaluations, 0 for none.
     eval_per_group: test rows of each group per evaluation. epochs: passes per task where the scenario is not online.
+    updates_per_batch: optimiser steps on each batch.
     data: folders searched first. checkpoint_every: steps; None saves every minute.
     """
 
@@ -35,6 +36,7 @@ class RunSpec(BaseModel):
     eval_per_group: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     epochs: int | None = Field(default=None, ge=1)
+    updates_per_batch: int | None = Field(default=None, ge=1)
     train_view: str | None = None
     test_view: str | None = None
     data: tuple[Path, ...] = ()

@@ -1,4 +1,4 @@
-"""What finetune, joint and er share: a backbone with one linear head of static size, trained by SGD."""
+"""What finetune, joint and er share: a backbone with one linear head of static size, trained by SGD or Adam."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ class SgdConfig:
     """Optimiser and loss of a softmax classifier."""
 
     lr: float = hp(
-        0.1, "learning rate of SGD", low=0.0, high=10.0, scale="log", source="online_baselines card, family A",
+        0.1, "learning rate", low=0.0, high=10.0, scale="log", source="online_baselines card, family A",
         tune={"low": 1e-3, "high": 0.3},
     )  # fmt: skip
+    optimizer: str = hp(
+        "sgd", "SGD, or Adam with its usual betas", choices=("sgd", "adam"), source="si_blurry card, section 2: adam"
+    )
     momentum: float = hp(0.0, "momentum of SGD", low=0.0, high=0.999)
-    weight_decay: float = hp(0.0, "weight decay of SGD", low=0.0, high=1.0, scale="log")
+    weight_decay: float = hp(0.0, "weight decay", low=0.0, high=1.0, scale="log")
     train_classes: str = hp(
         "all", "classes the training softmax runs over, in the class setting", choices=("all", "seen"),
         source="online_baselines card 2.3: all",
@@ -32,23 +35,21 @@ class SgdConfig:
 
 
 class SoftmaxMethod(Method):
-    """Backbone, linear head, SGD. In the task setting a sample's softmax runs over the classes of its own task."""
+    """Backbone, linear head, one optimiser. In the task setting a sample's softmax runs over the classes of its own task,
+    and where classes have several label levels over those of its own level: one head per level."""
 
     def __init__(self, config: Any, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
         self.classifier = nn.Linear(width_of(backbone), setting.num_classes)
-        self.optimizer = torch.optim.SGD(
-            [*backbone.parameters(), *self.classifier.parameters()],
-            lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
-        )  # fmt: skip
-        self._siblings = siblings(setting) if setting.setting == "task" else None
+        self.optimizer = make_optimizer(config, [*backbone.parameters(), *self.classifier.parameters()])
+        self._siblings = siblings(setting)
 
     def loss(self, images: Tensor, targets: Tensor, seen: Tensor) -> Tensor:
         """Mean cross entropy of (B, C, H, W) images and (B,) int64 targets; `seen`: (C,) bool."""
         logits = self.classifier(self.features(images, None))
         if self._siblings is not None:
             logits = logits.masked_fill(~self._siblings[targets], -torch.inf)
-        elif self.config.train_classes == "seen":
+        if self.config.train_classes == "seen":
             logits = logits.masked_fill(~seen, -torch.inf)
         return nn.functional.cross_entropy(logits, targets)
 
@@ -75,9 +76,21 @@ def width_of(backbone: nn.Module) -> int:
     return width
 
 
-def siblings(setting: Setting) -> Tensor:
-    """(C, C) bool: whether two classes belong to one task. Classes that no task introduces are their own siblings."""
-    same = torch.eye(setting.num_classes, dtype=torch.bool)
-    for classes in setting.task_classes:
-        same[classes[:, None], classes[None, :]] = True
-    return same.to(setting.device)
+def make_optimizer(config: SgdConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that a config names."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def siblings(setting: Setting) -> Tensor | None:
+    """(C, C) bool: whether two classes are told apart by one softmax, or None if all are: those of one task in the task
+    setting, and of one label level. A class that no task introduces has no siblings but itself."""
+    level = setting.classes.level
+    same = level[:, None] == level[None, :]
+    if setting.setting == "task":
+        together = torch.eye(setting.num_classes, dtype=torch.bool)
+        for classes in setting.task_classes:
+            together[classes[:, None], classes[None, :]] = True
+        same &= together
+    return None if bool(same.all()) else same.to(setting.device)

@@ -3,6 +3,7 @@
 Shapes: K tasks, G groups. `matrix` is (K, G) float, fractions in [0, 1], NaN where a group was not evaluated.
 `group_task` (G,) is the task that each group belongs to (-1: to no single one); None means group j belongs to task j.
 `sizes` (G,), rows of each group, pools the groups into one test set; None gives every group the same weight.
+`active` (K, G) says which groups had begun to count after each task; None means those of the tasks so far.
 A result is None where it is not defined (forgetting of a single task), never NaN.
 
 >>> R = [[0.9, 0.0], [0.7, 0.8]]
@@ -31,11 +32,15 @@ __all__ = [
 
 
 def accuracy_after_tasks(
-    matrix: ArrayLike, group_task: ArrayLike | None = None, sizes: ArrayLike | None = None
+    matrix: ArrayLike,
+    group_task: ArrayLike | None = None,
+    sizes: ArrayLike | None = None,
+    active: ArrayLike | None = None,
 ) -> FloatArray:
-    """(K,) accuracy after each task over the groups of the tasks so far; NaN where none was evaluated."""
+    """(K,) accuracy after each task over the groups that count by then; NaN where none was evaluated."""
     values, owner = _read(matrix, group_task)
-    counted = np.isfinite(values) & (owner <= np.arange(len(values))[:, None])
+    begun = owner <= np.arange(len(values))[:, None] if active is None else np.asarray(active, np.bool_)
+    counted = np.isfinite(values) & begun
     weight = counted * (np.ones(values.shape[1]) if sizes is None else np.asarray(sizes, np.float64))
     total = weight.sum(axis=1)
     out = np.full(len(values), np.nan)
@@ -44,19 +49,25 @@ def accuracy_after_tasks(
 
 
 def final_accuracy(
-    matrix: ArrayLike, group_task: ArrayLike | None = None, sizes: ArrayLike | None = None
+    matrix: ArrayLike,
+    group_task: ArrayLike | None = None,
+    sizes: ArrayLike | None = None,
+    active: ArrayLike | None = None,
 ) -> float | None:
     """Accuracy after the last task: mean over groups (ACC of Lopez-Paz & Ranzato 2017), or with `sizes` top-1 on the
     union of the test sets (Last of PyCIL and PILOT). They differ if groups differ in size."""
-    return _defined(accuracy_after_tasks(matrix, group_task, sizes)[-1:])
+    return _defined(accuracy_after_tasks(matrix, group_task, sizes, active)[-1:])
 
 
 def average_incremental_accuracy(
-    matrix: ArrayLike, group_task: ArrayLike | None = None, sizes: ArrayLike | None = None
+    matrix: ArrayLike,
+    group_task: ArrayLike | None = None,
+    sizes: ArrayLike | None = None,
+    active: ArrayLike | None = None,
 ) -> float | None:
     """Mean over all K tasks, the first included, of the accuracy on what was seen so far. With `sizes` the cumulative
     test set of PyCIL and PILOT; without, the online literature's *anytime accuracy*."""
-    return _defined(accuracy_after_tasks(matrix, group_task, sizes))
+    return _defined(accuracy_after_tasks(matrix, group_task, sizes, active))
 
 
 def forgetting(
@@ -65,6 +76,7 @@ def forgetting(
     *,
     peak: Literal["before_last", "any", "learned"] = "before_last",
     over: Literal["left", "all"] = "left",
+    active: ArrayLike | None = None,
 ) -> float | None:
     """Mean fall from a group's peak to its accuracy after the last task.
 
@@ -72,8 +84,11 @@ def forgetting(
         (PyCIL); `learned` the value right after its own task (FORG of continual evaluation; minus backward transfer).
     over: `left` the groups of all tasks but the last; `all` (with peak `any`) divides by all of them, as the online
         replay literature does.
+    active: a group of no single task counts from where it is active only.
     """
     values, owner = _read(matrix, group_task)
+    if active is not None:
+        values = np.where(np.asarray(active, np.bool_) | (owner >= 0), values, np.nan)
     last = len(values) - 1
     if peak == "learned":
         top = np.where(owner >= 0, values[np.maximum(owner, 0), np.arange(values.shape[1])], np.nan)

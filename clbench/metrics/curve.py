@@ -21,6 +21,7 @@ class Curve:
     hits: (S, G) int64 right answers.  totals: (G,) int64 rows of each group's evaluation subset.
     valid: (S, G) bool, whether the group was evaluated there; elsewhere `hits` means nothing.
     groups: G names.  group_task: (G,) int64 task a group belongs to, -1 if to no single one.
+    position: (S,) int64 stream position of each evaluation: samples that had been streamed; -1 where it is not known.
     task_ends: (K,) int64 step of the last update of each finished task. Task k owns the steps
         `task_ends[k-1] < n <= task_ends[k]`, so a second evaluation of task k at `n = task_ends[k-1]` is its state
         before the first update.
@@ -35,6 +36,7 @@ class Curve:
     groups: tuple[str, ...]
     group_task: IntArray
     task_ends: IntArray
+    position: IntArray
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Curve:
         group_task: ArrayLike,
         task_ends: ArrayLike,
         phase: ArrayLike | None = None,
+        position: ArrayLike | None = None,
         valid: ArrayLike | None = None,
         groups: Sequence[str] | None = None,
     ) -> "Curve":
@@ -64,14 +67,15 @@ class Curve:
             groups=tuple(f"group {g}" for g in range(shape[1])) if groups is None else tuple(groups),
             group_task=group_task_,
             task_ends=np.asarray(task_ends, np.int64).reshape(-1),
+            position=np.full(shape[0], -1) if position is None else np.asarray(position, np.int64).reshape(-1),
         )
         curve._check()
         return curve
 
     def _check(self) -> None:
         evaluations, groups = self.hits.shape
-        if not len(self.steps) == len(self.task) == len(self.phase) == evaluations:
-            raise ValueError(f"steps, task and phase need {evaluations} entries, one per row of hits")
+        if not len(self.steps) == len(self.task) == len(self.phase) == len(self.position) == evaluations:
+            raise ValueError(f"steps, task, phase and position need {evaluations} entries, one per row of hits")
         if not len(self.totals) == len(self.groups) == groups:
             raise ValueError(f"totals and groups need {groups} entries, one per column of hits")
         if len(set(self.groups)) < groups:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from clbench.metrics import accuracy_matrix as matrix_metrics
-from clbench.metrics import stability
+from clbench.metrics import online, stability
 from clbench.metrics.curve import Curve, FloatArray
 from clbench.metrics.registry import list_metrics
 
@@ -22,6 +22,8 @@ def summarise(
     mask: Literal["seen", "all", "task"],
     before: ArrayLike | None = None,
     curve: Curve | None = None,
+    active: ArrayLike | None = None,
+    sample_period: int | None = None,
 ) -> dict[str, float | None]:
     """Return every metric of the registry, plus `<key>_se` where a sampling error belongs to it; None if undefined.
 
@@ -29,15 +31,22 @@ def summarise(
     setting: in `class` final and average incremental accuracy are top-1 on the pooled test sets, else means over tasks.
     mask: what answers were taken over; with `seen` a future task scores 0 by construction, so transfers to it are None.
     before: (G,) fractions before any training, or None if that was not measured.  curve: None if it was not recorded.
+    active: (K, G) bool, groups that had begun to count after each task; None: those of the tasks so far.
+    sample_period: samples between the evaluations of an online protocol that has them (Si-Blurry); a_auc is then the
+        plain mean over those evaluations, and f_last is defined.
     """
     pooled = sizes if setting == "class" else None
     out: dict[str, float | None] = {key: None for metric in list_metrics() for key in metric.keys}
-    out["final_accuracy"] = matrix_metrics.final_accuracy(matrix, group_task, pooled)
-    out["average_incremental_accuracy"] = matrix_metrics.average_incremental_accuracy(matrix, group_task, pooled)
-    out["forgetting"] = matrix_metrics.forgetting(matrix, group_task)
+    out["final_accuracy"] = matrix_metrics.final_accuracy(matrix, group_task, pooled, active)
+    out["average_incremental_accuracy"] = matrix_metrics.average_incremental_accuracy(
+        matrix, group_task, pooled, active
+    )
+    out["forgetting"] = matrix_metrics.forgetting(matrix, group_task, active=active)
     out["backward_transfer"] = matrix_metrics.backward_transfer(matrix, group_task)
-    out["a_last"] = matrix_metrics.final_accuracy(matrix, group_task, sizes)
-    out["last"] = matrix_metrics.final_accuracy(matrix, group_task)
+    out["a_last"] = matrix_metrics.final_accuracy(matrix, group_task, sizes, active)
+    out["last"] = matrix_metrics.final_accuracy(matrix, group_task, active=active)
+    if sample_period is not None and active is not None:
+        out["f_last"] = online.f_last(np.asarray(matrix, np.float64), np.asarray(active, np.bool_))
     if mask != "seen":
         out["transfer"] = matrix_metrics.zero_shot_transfer(matrix, group_task)
         out["avg"] = matrix_metrics.matrix_average(matrix)
@@ -45,6 +54,9 @@ def summarise(
             out["forward_transfer"] = matrix_metrics.forward_transfer(matrix, before, group_task)
     if curve is not None:
         out |= _of_curve(curve)
+        if sample_period is not None:
+            points = online.official_points(curve.position, sample_period)
+            out["a_auc"] = online.anytime_accuracy(curve.hits[points], curve.totals, curve.valid[points])
     return out
 
 

@@ -242,7 +242,11 @@ def problems_of_domains(scenario: Scenario, tables: Sequence[LabelTable]) -> Pro
             yield "a row of the domain table is no permutation of the pixels"
     if domains is not None and domains.kind == "rotation" and domains.table.shape[1] != 1:
         yield f"a rotation has one number per domain, in degrees, not {domains.table.shape[1]}"
-    if domains is not None and domains.kind == "overlay" and not -1 <= domains.table.min() <= domains.table.max() <= 255:
+    if (
+        domains is not None
+        and domains.kind == "overlay"
+        and not -1 <= domains.table.min() <= domains.table.max() <= 255
+    ):
         yield "an overlay holds grey values from 0 to 255, or -1 where the image stays"
     for where, columns in tables_of(scenario):
         used = columns.get("domain")

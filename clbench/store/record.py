@@ -199,6 +199,7 @@ class RunRecord:
             "step": curve.steps[slot],
             "task": curve.task[slot],
             "phase": curve.phase[slot],
+            "position": curve.position[slot],
             "group": pa.DictionaryArray.from_arrays(pa.array(group, pa.int32()), pa.array(curve.groups, pa.string())),
             "hits": curve.hits[slot, group],
             "total": curve.totals[group],
@@ -337,6 +338,9 @@ def _table(name: str, data: bytes) -> "pa.Table":
     import pyarrow.parquet as pq
 
     table, expected = pq.read_table(pa.BufferReader(data)), _arrow_schema(TABLES[name])
+    if name == "curve" and "position" not in table.schema.names:  # schema version 1
+        at = expected.get_field_index("position")
+        table = table.add_column(at, expected.field(at), pa.array(np.full(len(table), -1)))
     if not table.schema.equals(expected, check_metadata=False):
         raise ValueError(f"its columns are {', '.join(table.schema.names)}, not {', '.join(expected.names)}")
     return table
@@ -345,7 +349,8 @@ def _table(name: str, data: bytes) -> "pa.Table":
 def _curve(table: "pa.Table") -> Curve:
     about = json.loads(table.schema.metadata[b"clbench"])
     names = [entry["name"] for entry in about["groups"]]
-    points = np.stack([table.column(key).to_numpy().astype(np.int64) for key in ("step", "task", "phase")], axis=1)
+    keys = ("step", "task", "phase", "position")
+    points = np.stack([table.column(key).to_numpy().astype(np.int64) for key in keys], axis=1)
     coded = table.unify_dictionaries().column("group").chunks
     order = [names.index(name) for name in coded[0].dictionary.to_pylist()] if coded else []
     group = np.array(order, np.int64)[np.concatenate([part.indices.to_numpy() for part in coded] or [np.empty(0, int)])]
@@ -355,9 +360,9 @@ def _curve(table: "pa.Table") -> Curve:
     hits = np.zeros((int(new.sum()), len(names)), np.int64)
     valid = np.zeros(hits.shape, np.bool_)
     hits[slot, group], valid[slot, group] = table.column("hits").to_numpy(), True
-    steps, task, phase = points[new].T
+    steps, task, phase, position = points[new].T
     return Curve.of(
-        steps=steps, task=task, phase=phase, hits=hits, valid=valid, groups=names,
+        steps=steps, task=task, phase=phase, position=position, hits=hits, valid=valid, groups=names,
         totals=[entry["size"] for entry in about["groups"]],
         group_task=[entry["task"] for entry in about["groups"]],
         task_ends=about["task_ends"],

@@ -39,7 +39,7 @@ __all__ = [
     "Summary",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: curve.position, summary.memory_per_task and .levels, spec.eval_samples, more metrics
 
 
 class _Entry(BaseModel):
@@ -85,6 +85,7 @@ class Spec(_Entry):
     mask: Literal["seen", "all", "task"]  # classes an answer may come from
     eval_every: int  # evaluate behind every so many steps, 0: never
     eval_dense: int  # and behind each of the first so many steps of a task
+    eval_samples: int | None = None  # or behind every so many samples of the stream
     eval_per_group: int  # rows of a group's evaluation subset, at most
     precision: Literal["fp32", "bf16"]
     device_type: str  # cpu, cuda
@@ -138,8 +139,18 @@ class Summary(_Entry):
     peak_memory_bytes: int  # of the device; on a CPU resident in the process
     num_parameters: int
     memory_bytes: dict[str, int]  # kept between tasks besides the network, by name
+    memory_per_task: list[dict[str, int]] = []  # the same after each task
+    levels: list[dict[str, float | None]] = []  # per label level, where there are several: see `metrics.per_level`
     forward_flops_per_image: int  # of the backbone, 2 per multiply-add
     weights_sha256: str  # of the deployed weights, to compare runs bit by bit
+
+    @model_validator(mode="before")
+    @classmethod
+    def _migrate(cls, content: Any) -> Any:
+        """Metrics that came later are None in an older record."""
+        if isinstance(content, dict) and content.get("schema_version", SCHEMA_VERSION) < SCHEMA_VERSION:
+            return {**{key: None for metric in list_metrics() for key in metric.keys}, **content}
+        return content
 
     @model_validator(mode="after")
     def _has_all_metrics(self) -> Self:
@@ -175,6 +186,7 @@ CURVE = (  # schema metadata `clbench`: JSON with schema_version, groups (name, 
     Column("step", "int64", "updates done; 0 is the untrained state"),
     Column("task", "int16", "task during which it was evaluated"),
     Column("phase", "int16", "phase of the method inside the task"),
+    Column("position", "int64", "samples streamed so far; -1: not known (schema version 1)"),
     Column("group", "name", "evaluation group; only those evaluated at that point have a row"),
     Column("hits", "int32", "right answers"),
     Column("total", "int32", "rows of the group's evaluation subset"),

@@ -165,7 +165,7 @@ def test_classes_unlock_inside_a_task() -> None:
     for (step, told), end in zip(whole.method._told, ends, strict=True):
         assert told == sorted(set(labels[stream[:end]].tolist())), f"step {step}"
     # the evaluator counts a class exactly from the batch on that first shows it
-    for (step, _, _), active in zip(whole.evaluator.points[1:], whole.evaluator.active[1:], strict=True):
+    for (step, _, _, _), active in zip(whole.evaluator.points[1:], whole.evaluator.active[1:], strict=True):
         assert list(active) == whole.method._told[step - 1][1]
 
 
@@ -204,7 +204,7 @@ def test_two_label_levels() -> None:
     assert len(scenario.classes) == whole.method.setting.num_classes == 8
     assert scenario.classes.num_levels == 2
     valid = whole.evaluator.state_dict()["valid"]
-    tasks = torch.tensor([task for _, task, _ in whole.evaluator.points])
+    tasks = torch.tensor([task for _, task, _, _ in whole.evaluator.points])
     assert valid[tasks == 0].tolist() == [[True, False]] * int((tasks == 0).sum()), "fine labels before they open"
     assert valid[tasks == 1].all()
     half = len(scenario.groups[0].rows)
@@ -343,7 +343,7 @@ def test_a_phase_that_draws_its_own_inputs() -> None:
     whole = assert_survives_kill(partial(learner_for, split_scenario(make_store()), Dreams), at_most=30)
     assert whole.at.step == 3 * (5 + 5 + 7)
     assert whole.method.counts.tolist() == [12.0] * 6
-    assert {phase for _, _, phase in whole.evaluator.points} == {0, 1, 2}, "every phase is evaluated"
+    assert {phase for _, _, phase, _ in whole.evaluator.points} == {0, 1, 2}, "every phase is evaluated"
 
 
 # -- 9: deployed weights that differ from the live ones --------------------------------------------------------------

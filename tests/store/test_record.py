@@ -23,6 +23,7 @@ from clbench.errors import InputError, RunFailed
 from clbench.metrics import Curve
 from clbench.store import RunRecord, environment, run_id
 from clbench.store.record import RECORDED
+from clbench.store.schema import SCHEMA_VERSION
 
 
 # -- run id -----------------------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def test_everything_written_is_read_back(tmp_path: Path) -> None:
     assert record.is_done()
     assert record.damage() == []
     assert record.read_spec().hyperparameters["capacity"].value == 200
-    assert record.read_summary() == {"schema_version": 1, **summary()}
+    assert record.read_summary() == {"schema_version": SCHEMA_VERSION, **summary()}
     matrix = record.read_matrix()
     assert matrix.groups == tuple(GROUPS)
     assert matrix.accuracy.tolist() == MATRIX  # to the bit
@@ -56,7 +57,7 @@ def test_everything_written_is_read_back(tmp_path: Path) -> None:
 
 def test_the_curve_table_is_long_and_holds_what_was_evaluated(tmp_path: Path) -> None:
     table = finished(tmp_path / "r").read_table("curve")
-    assert list(table.columns) == ["step", "task", "phase", "group", "hits", "total"]
+    assert list(table.columns) == ["step", "task", "phase", "position", "group", "hits", "total"]
     assert len(table) == 9
     assert table[table.group == GROUPS[1]].hits.tolist() == [1, 9, 16]
     about = json.loads(pq.read_schema(tmp_path / "r" / "curve.parquet").metadata[b"clbench"])
@@ -77,6 +78,21 @@ def test_any_curve_comes_back(tmp_path_factory: pytest.TempPathFactory, data: st
     record = RunRecord(tmp_path_factory.mktemp("run"))
     record.write_curve(original)
     assert same(record.read_curve(), original)
+
+
+def test_a_record_of_schema_version_1_is_read(tmp_path: Path) -> None:
+    """Its curve has no positions, its summary lacks the metrics and tables that came later."""
+    record = finished(tmp_path / "r")
+    table = pq.read_table(record.path / "curve.parquet")
+    pq.write_table(table.drop_columns("position"), record.path / "curve.parquet")
+    content = json.loads((record.path / "summary.json").read_text())
+    for key in ("f_last", "memory_per_task", "levels"):
+        del content[key]
+    (record.path / "summary.json").write_text(json.dumps({**content, "schema_version": 1}))
+    assert same(record.read_curve(), curve())
+    read = record.read_summary()
+    assert (read["f_last"], read["memory_per_task"], read["levels"]) == (None, [], [])
+    assert read["min_accuracy"] == summary()["min_accuracy"]
 
 
 def test_matrix_with_a_row_before_and_gaps(tmp_path: Path) -> None:
