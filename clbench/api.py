@@ -87,8 +87,8 @@ def run(
     progress: show it on stderr.
     options: the fields of `clbench.learner.spec.RunSpec`, as `--option` on the command line with `_` for `-`:
         `order_seed`, `set`, `scenario_params`, `backbone`, `backbone_options`, `weights`, `device`, `precision`,
-        `mask`, `eval_every`, `eval_per_group`, `batch_size`, `epochs`, `updates_per_batch`, `train_view`, `test_view`, `data`, `out`,
-        `allow_contamination`, `checkpoint_every`, `threads`, `keep_weights`, `keep_checkpoint`.
+        `mask`, `eval_every`, `eval_per_group`, `batch_size`, `epochs`, `updates_per_batch`, `train_view`, `test_view`,
+        `data`, `out`, `allow_contamination`, `checkpoint_every`, `threads`, `keep_weights`, `keep_checkpoint`.
 
     Raises InputError for what can't be used, RunFailed if a run breaks, KeyboardInterrupt when stopped (its checkpoint
     is saved: the same call goes on). Runs that are finished by then are kept.

@@ -113,7 +113,7 @@ def checked(domains: Domains, store: ImageStore) -> Domains:
     wanted = 1 if domains.kind == "rotation" else store.image_shape[1] * store.image_shape[2]
     if domains.table.ndim != 2 or domains.table.shape[1] != wanted:
         raise InputError(
-            f"the scenario changes images of {domains.table.shape[-1]} pixels, but those of {store.name} have {wanted}: "
-            f"build it for this data set"
+            f"the scenario changes images of {domains.table.shape[-1]} pixels, but those of {store.name} have "
+            f"{wanted}: build it for this data set"
         )
     return domains

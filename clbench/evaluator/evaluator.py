@@ -130,8 +130,8 @@ class Evaluator:
 
     # -- what came out -------------------------------------------------------------------------------------------
     def drain(self, start: int = 0) -> dict[str, Any]:
-        """Copy the table to the host: `points` (S, 4) step, task, phase, stream position; `hits` (S, G); `valid` (S, G), from
-        slot `start` on, and `totals` (G,)."""
+        """Copy the table to the host: `points` (S, 4) step, task, phase, stream position; `hits` (S, G); `valid`
+        (S, G), from slot `start` on, and `totals` (G,)."""
         return {
             "points": self.points[start:],
             "hits": self._table[start : len(self.points)].cpu(),

@@ -31,7 +31,7 @@ class Schedule(NamedTuple):
         return self.every > 0 and (step_in_task <= self.dense or step_in_task % self.every == 0)
 
     def count(self, steps: int, samples: int = 0) -> int:
-        """Evaluations of a task of `steps` steps and `samples` rows, its end included; by samples one too many at most."""
+        """Evaluations of a task of `steps` steps and `samples` rows, its end included (by samples: at most)."""
         if steps == 0 or not self.on:
             return 0
         if self.samples is not None:

@@ -35,8 +35,8 @@ class SgdConfig:
 
 
 class SoftmaxMethod(Method):
-    """Backbone, linear head, one optimiser. In the task setting a sample's softmax runs over the classes of its own task,
-    and where classes have several label levels over those of its own level: one head per level."""
+    """Backbone, linear head, one optimiser. In the task setting a sample's softmax runs over the classes of its own
+    task, and where classes have several label levels over those of its own level: one head per level."""
 
     def __init__(self, config: Any, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)

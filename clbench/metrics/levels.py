@@ -1,4 +1,4 @@
-"""Metrics per label level, of scenarios that answer on several (hierarchical label expansion, `hle` card section 5.5)."""
+"""Metrics per label level, where answers are asked for on several (`hle` card, section 5.5)."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
