@@ -191,18 +191,24 @@ def run(
 
 def print_results(results: "Results") -> None:
     """The final table, and where everything lies."""
-    from clbench.report.table import result_rows, results_table, table_note
+    from clbench.report.table import level_rows, main_metrics, result_rows, results_table, table_note
+    from clbench.store import RunRecord
 
     summaries = [run.summary for run in results]
+    metrics = main_metrics(summaries, multi_domain=len(RunRecord(results[0].path).read_spec().datasets) > 1)
     print()
     if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(results_table(results.seeds, summaries))
+        Console().print(results_table(results.seeds, summaries, metrics=metrics))
     else:
-        rows = result_rows(results.seeds, summaries)
+        rows = result_rows(results.seeds, summaries, metrics)
         print_table(list(rows[0]), rows)
         print(table_note(rows))
+    levels = level_rows(results.seeds, summaries)
+    if levels:
+        print()
+        print_table(list(levels[0]), levels)
     print()
     for run in results:
         print(f"record  {run.path}" + (" (it had been run before)" if run.status == "found" else ""))

@@ -11,7 +11,7 @@ from clbench.metrics import Metric, aggregate, find_metric, list_metrics
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["main_metrics", "result_rows", "results_table", "table_note"]
+__all__ = ["level_rows", "main_metrics", "result_rows", "results_table", "table_note"]
 
 Row = dict[str, str]
 NOTE = "accuracies in percent, recovery in steps"
@@ -19,9 +19,35 @@ SAMPLING = "; subset ±: sampling error of the evaluation subsets"
 NEVER = "; * without tasks that never recovered"
 
 
-def main_metrics() -> list[str]:
-    """Keys of the metrics that a table shows unless told otherwise."""
-    return [metric.key for metric in list_metrics() if metric.main]
+def main_metrics(summaries: Sequence[Mapping[str, Any]] = (), *, multi_domain: bool = False) -> list[str]:
+    """Keys of the metrics that a table shows unless told otherwise.
+
+    Where the protocol of the runs has measures of its own, those come first and take the place of their relatives:
+    A_AUC, A_last and F_last (evaluated by samples), or Transfer, Avg and Last (`multi_domain`: one data set per task).
+    """
+    keys = [metric.key for metric in list_metrics() if metric.main]
+    if multi_domain:
+        keys = ["transfer", "avg", "last", "forgetting", "min_accuracy", "stability_gap"]
+    elif any(summary.get("f_last") is not None for summary in summaries):
+        keys = ["a_auc", "a_last", "f_last", *(key for key in keys if key not in ("final_accuracy", "forgetting"))]
+    else:
+        return keys
+    return [key for key in keys if any(summary.get(key) is not None for summary in summaries)]
+
+
+def level_rows(seeds: Sequence[int], summaries: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A row per run and label level, in percent; none where there is one level only."""
+    titles = {"a_auc": "A_AUC", "a_avg": "A_avg", "a_last": "A_last", "f_last": "F_last"}
+    metric = find_metric("a_auc")
+    return [
+        {
+            "run": f"seed {seed}",
+            "level": str(level["level"]),
+            **{title: number(metric, level[key]) for key, title in titles.items()},
+        }
+        for seed, summary in zip(seeds, summaries, strict=True)
+        for level in summary.get("levels", ())
+    ]
 
 
 def result_rows(
@@ -33,7 +59,7 @@ def result_rows(
     Rows: one per seed; with several also `mean`, `std` (n - 1) and `95 % ±` (half width of the t interval of the mean);
     then `subset ±`, the largest sampling error of any of the runs. Raises InputError for an unknown metric.
     """
-    chosen = [find_metric(key) for key in (main_metrics() if metrics is None else metrics)]
+    chosen = [find_metric(key) for key in (main_metrics(summaries) if metrics is None else metrics)]
     rows = [
         {"run": f"seed {seed}", **{metric.title: of_run(metric, summary) for metric in chosen}}
         for seed, summary in zip(seeds, summaries, strict=True)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from clbench.errors import InputError
 from clbench.metrics import find_metric
-from clbench.report.table import main_metrics, result_rows, results_table
+from clbench.report.table import level_rows, main_metrics, result_rows, results_table
 
 FIRST = {
     "final_accuracy": 0.8, "forgetting": -0.0001, "min_accuracy": 0.5, "min_accuracy_se": 0.02, "wf_10": None,
@@ -52,3 +52,17 @@ def test_it_fits_80_columns_without_cutting_a_word() -> None:
     titles = [find_metric(key).title for key in main_metrics()]
     assert {word for title in titles for word in title.split()} <= set(shown.split())
     assert len(titles) == 7
+
+
+def test_a_protocol_shows_its_own_measures_first() -> None:
+    by_samples = [{"f_last": 0.1, "a_auc": 0.5, "a_last": 0.6, "average_incremental_accuracy": 0.4}]
+    assert main_metrics(by_samples) == ["a_auc", "a_last", "f_last", "average_incremental_accuracy"]
+    domains = [{"transfer": 0.5, "avg": 0.6, "last": 0.7, "forgetting": 0.1, "final_accuracy": 0.7}]
+    assert main_metrics(domains, multi_domain=True) == ["transfer", "avg", "last", "forgetting"]
+
+
+def test_label_levels_have_rows_of_their_own() -> None:
+    levels = [{"level": 0, "a_auc": 0.5, "a_avg": 0.25, "a_last": 0.75, "f_last": None}]
+    assert level_rows([3, 4], [{**FIRST, "levels": levels}, FIRST]) == [
+        {"run": "seed 3", "level": "0", "A_AUC": "50.0", "A_avg": "25.0", "A_last": "75.0", "F_last": "-"}
+    ]
