@@ -1,22 +1,23 @@
 """A picture of a scenario's stream: which classes come when, and what they are tested on.
 
 Left: classes downwards, stream position to the right, darker where a class makes up more of the stream. A class has the
-colour of the task that introduces it, so rehearsal and blurry boundaries show as old colours in later tasks; in the
-`domain` setting, where tasks share their classes, it has the colour of the task it is seen in. Right: for each test
-group the classes tested (coloured) among those that an answer may come from (grey). Readable without colours: those of
-neighbouring tasks differ in lightness, and task switches are lines.
+colour of the task that introduces it, so rehearsal and blurry boundaries show as old colours in later tasks. Right: for
+each test group the classes tested (coloured) among those that an answer may come from (grey). In the `domain` setting,
+where tasks share their classes, domains take the place of classes. Readable without colours: those of neighbouring
+tasks differ in lightness, and task switches are lines.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from clbench.atomic import atomic_write_bytes
-from clbench.scenarios.describe import class_rows
+from clbench.scenarios.describe import binned, class_rows, domain_lanes
 from clbench.scenarios.model import Scenario
 
 if TYPE_CHECKING:
@@ -60,18 +61,18 @@ def picture(scenario: Scenario) -> "Figure":
     """Draw `scenario` on a new figure, which belongs to no window and no global state."""
     from matplotlib.figure import Figure
 
-    rows = np.lexsort((np.arange(scenario.num_classes), scenario.classes.level.numpy()))  # classes from top to bottom
+    lanes = lanes_of(scenario)
     colours = task_colours(len(scenario.tasks))
-    height = float(np.clip(1.6 + 0.17 * scenario.num_classes, 3.4, 8.0))
+    height = float(np.clip(1.6 + 0.17 * len(lanes.names), 3.4, 8.0))
     width = float(np.clip(0.16 * len(scenario.groups), 1.5, 3.2))
     figure = Figure(figsize=(8.6 + width, height), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[7.0, width], height_ratios=[0.22, height - 1.2])
     stream = figure.add_subplot(grid[1, 0])
     band = figure.add_subplot(grid[0, 0], sharex=stream)
     groups = figure.add_subplot(grid[1, 1], sharey=stream)
-    draw_stream(stream, scenario, rows, colours)
+    draw_stream(stream, scenario, lanes, colours)
     draw_band(band, scenario, colours)
-    draw_groups(groups, scenario, rows, colours)
+    draw_groups(groups, scenario, lanes, colours)
     passes = "online, one pass" if scenario.online else f"{scenario.defaults.epochs} epochs per task, reshuffled"
     figure.suptitle(
         f"{scenario.id}   {' + '.join(scenario.datasets)}: {scenario.num_classes} classes, {len(scenario.tasks)} "
@@ -82,43 +83,83 @@ def picture(scenario: Scenario) -> "Figure":
     return figure
 
 
-def draw_stream(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -> None:
-    """Density of each class along the stream, as an image of one row per class."""
-    total, num_classes = scenario.offsets[-1], scenario.num_classes
+class Picture(NamedTuple):
+    """What stands from top to bottom. density: (L, bins) rows of each lane per row of the stream. home: (L,) task whose
+    colour it has. tested, allowed: (L, G) bool, what each test group asks for, and what an answer to it may be.
+    level: (L,) label level."""
+
+    kind: str
+    names: Sequence[str]
+    ids: Ints
+    density: Floats
+    home: Ints
+    tested: npt.NDArray[np.bool_]
+    allowed: npt.NDArray[np.bool_]
+    level: Ints
+
+
+def lanes_of(scenario: Scenario) -> Picture:
+    """Classes by level and id, or the domains of a domain-incremental scenario."""
     edges = bin_edges(scenario)
-    density = class_rows(scenario, torch.from_numpy(edges)).numpy()[rows] / np.diff(edges)  # (C, bins)
+    widths = np.diff(edges)
+    if scenario.setting == "domain":
+        lanes = domain_lanes(scenario)
+        number = len(lanes.names)
+        density = binned(scenario, lanes.of_task, number, torch.from_numpy(edges)).numpy() / widths
+        tested = np.zeros((number, len(scenario.groups)), np.bool_)
+        for column, lane in enumerate(lanes.of_group):
+            tested[lane if lane >= 0 else slice(None), column] = True
+        home = np.zeros(number, np.int64)
+        for index in reversed(range(len(lanes.of_task))):
+            home[lanes.of_task[index].unique().numpy()] = index
+        zeros = np.zeros(number, np.int64)
+        return Picture("domain", lanes.names, np.arange(number), density, home, tested, tested, zeros)
+    rows = np.lexsort((np.arange(scenario.num_classes), scenario.classes.level.numpy()))
+    density = class_rows(scenario, torch.from_numpy(edges)).numpy()[rows] / widths
+    tested, allowed = (np.zeros((scenario.num_classes, len(scenario.groups)), np.bool_) for _ in range(2))
+    for column, group in enumerate(scenario.groups):
+        tested[np.unique(group.targets.numpy()), column] = True
+        allowed[group.classes.numpy(), column] = True
+    names = [scenario.classes.names[i] for i in rows.tolist()]
+    home, level = home_tasks(scenario)[rows], scenario.classes.level.numpy()[rows]
+    return Picture("class", names, rows, density, home, tested[rows], allowed[rows], level)
+
+
+def draw_stream(axes: "Axes", scenario: Scenario, lanes: Picture, colours: Floats) -> None:
+    """Density of each lane along the stream, as an image of one row per lane."""
+    total, number = scenario.offsets[-1], len(lanes.names)
+    density, edges = lanes.density, bin_edges(scenario)
     present = density > 0
-    # full colour where the class is as dense as on average over the bins it occurs in
-    usual = density.sum(1, keepdims=True) / np.maximum(present.sum(1, keepdims=True), 1)
-    strength = np.sqrt(np.clip(density / np.where(usual > 0, usual, 1), 0, 1))
+    if lanes.kind == "domain":
+        strength = np.sqrt(np.clip(density, 0, 1))  # shares of the stream: they say how much of it is rehearsal
+    else:
+        # full colour where the class is as dense as on average over the bins it occurs in
+        usual = density.sum(1, keepdims=True) / np.maximum(present.sum(1, keepdims=True), 1)
+        strength = np.sqrt(np.clip(density / np.where(usual > 0, usual, 1), 0, 1))
     strength = np.where(present, 0.15 + 0.85 * strength, 0)  # a single row still shows
     position = (np.arange(COLUMNS) + 0.5) * total / COLUMNS
     strength = strength[:, np.searchsorted(edges, position, side="right") - 1, None]
-    if scenario.setting == "domain":
-        colour = colours[np.searchsorted(scenario.offsets, position, side="right") - 1][None]
-    else:
-        colour = colours[home_tasks(scenario)[rows]][:, None]
+    colour = colours[lanes.home][:, None]
     axes.imshow(
-        1 - strength * (1 - colour), aspect="auto", interpolation="nearest", extent=(0, total, num_classes - 0.5, -0.5)
+        1 - strength * (1 - colour), aspect="auto", interpolation="nearest", extent=(0, total, number - 0.5, -0.5)
     )
     for offset in scenario.offsets[1:-1]:
         axes.axvline(offset, color=LINE, linewidth=0.5 if len(scenario.tasks) <= 20 else 0.2)
-    level = scenario.classes.level.numpy()[rows]
-    borders = np.flatnonzero(np.diff(level))
+    borders = np.flatnonzero(np.diff(lanes.level))
     for border in borders:
         axes.axhline(border + 0.5, color=LINE, linewidth=1.2)
     for top in (0, *(borders + 1)) if len(borders) else ():
-        axes.text(total, top - 0.4, f"level {level[top]} ", ha="right", va="top", fontsize=7)
-    if num_classes <= MAX_NAMES:
-        names = [name if len(name) <= 28 else name[:26] + "..." for name in (scenario.classes.names[i] for i in rows)]
-        axes.set_yticks(np.arange(num_classes), names, fontsize=7, parse_math=False)
-        axes.set_ylabel("class, in the order of its id", fontsize=8)
+        axes.text(total, top - 0.4, f"level {lanes.level[top]} ", ha="right", va="top", fontsize=7)
+    if number <= MAX_NAMES:
+        names = [name if len(name) <= 28 else name[:26] + "..." for name in lanes.names]
+        axes.set_yticks(np.arange(number), names, fontsize=7, parse_math=False)
+        axes.set_ylabel(f"{lanes.kind}, in the order of its id", fontsize=8)
     else:
-        axes.set_ylabel("class id", fontsize=8)
-        step = 10 if num_classes <= 200 else 50
-        ticks = np.arange(0, num_classes, step)
-        axes.set_yticks(ticks, [str(rows[i]) for i in ticks], fontsize=7)
-    axes.set_xlabel("stream position (training rows); the darker, the more of the class", fontsize=8)
+        axes.set_ylabel(f"{lanes.kind} id", fontsize=8)
+        step = 10 if number <= 200 else 50
+        ticks = np.arange(0, number, step)
+        axes.set_yticks(ticks, [str(lanes.ids[i]) for i in ticks], fontsize=7)
+    axes.set_xlabel(f"stream position (training rows); the darker, the more of the {lanes.kind}", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
@@ -159,15 +200,15 @@ def draw_band(axes: "Axes", scenario: Scenario, colours: Floats) -> None:
         side.set_visible(False)
 
 
-def draw_groups(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -> None:
+def draw_groups(axes: "Axes", scenario: Scenario, lanes: Picture, colours: Floats) -> None:
     """One column per test group."""
-    num_classes, num_groups = scenario.num_classes, len(scenario.groups)
-    image = np.ones((num_classes, num_groups, 3))
+    num_groups = len(scenario.groups)
+    image = np.ones((len(lanes.names), num_groups, 3))
     for column, group in enumerate(scenario.groups):
-        image[group.classes.numpy(), column] = 0.92
-        image[np.unique(group.targets.numpy()), column] = 0.35 if group.task is None else colours[group.task]
+        image[lanes.allowed[:, column], column] = 0.92
+        image[lanes.tested[:, column], column] = 0.35 if group.task is None else colours[group.task]
     axes.imshow(
-        image[rows], aspect="auto", interpolation="nearest", extent=(-0.5, num_groups - 0.5, num_classes - 0.5, -0.5)
+        image, aspect="auto", interpolation="nearest", extent=(-0.5, num_groups - 0.5, len(lanes.names) - 0.5, -0.5)
     )
     for border in range(1, num_groups) if num_groups <= 40 else ():
         axes.axvline(border - 0.5, color="white", linewidth=1.0)
@@ -176,4 +217,5 @@ def draw_groups(axes: "Axes", scenario: Scenario, rows: Ints, colours: Floats) -
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", labelleft=False, left=False)
     num_rows = sum(len(group.rows) for group in scenario.groups)
-    axes.set_xlabel(f"test groups ({num_rows:,} rows)\ngrey: other answers allowed", fontsize=8)
+    note = "" if lanes.kind == "domain" else "\ngrey: other answers allowed"
+    axes.set_xlabel(f"test groups ({num_rows:,} rows){note}", fontsize=8)
