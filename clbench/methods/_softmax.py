@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clbench.methods.base import Head, Method, Setting, hp
-from clbench.stream.types import Batch
+from clbench.methods.base import Head, Method, Setting, freeze, hp
+from clbench.scenarios.model import Task
+from clbench.stream.types import Batch, Phase
 
 __all__ = ["SgdConfig", "SoftmaxMethod"]
 
@@ -28,6 +29,10 @@ class SgdConfig:
     )
     momentum: float = hp(0.0, "momentum of SGD", low=0.0, high=0.999)
     weight_decay: float = hp(0.0, "weight decay", low=0.0, high=1.0, scale="log")
+    train: str = hp(
+        "all", "all: backbone and head; head: the backbone stays as it is, and its features are kept (no augmentation)",
+        choices=("all", "head"), source="si_blurry card, section 2: ER there trains the head",
+    )  # fmt: skip
     train_classes: str = hp(
         "all", "classes the training softmax runs over, in the class setting", choices=("all", "seen"),
         source="online_baselines card 2.3: all",
@@ -40,9 +45,22 @@ class SoftmaxMethod(Method):
 
     def __init__(self, config: Any, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
+        if config.train == "head":
+            self.frozen_backbone, self.view = True, "features"
+            freeze(backbone)
         self.classifier = nn.Linear(width_of(backbone), setting.num_classes)
-        self.optimizer = make_optimizer(config, [*backbone.parameters(), *self.classifier.parameters()])
+        learned = [p for p in [*backbone.parameters(), *self.classifier.parameters()] if p.requires_grad]
+        self.optimizer = make_optimizer(config, learned)
         self._siblings = siblings(setting)
+
+    def phases(self, task: Task, index: int) -> Sequence[Phase]:
+        """One loop over the task."""
+        return [Phase("train", view=self.training_view)]
+
+    @property
+    def training_view(self) -> str:
+        """What images are trained through: kept features where only the head learns."""
+        return "features" if self.frozen_backbone else "train"
 
     def loss(self, images: Tensor, targets: Tensor, seen: Tensor) -> Tensor:
         """Mean cross entropy of (B, C, H, W) images and (B,) int64 targets; `seen`: (C,) bool."""

@@ -41,7 +41,7 @@ class Joint(SoftmaxMethod):
         }
 
     def phases(self, task: Task, index: int) -> Sequence[Phase]:
-        return [Phase("train", source="seen", epochs=self.config.epochs or None)]
+        return [Phase("train", source="seen", epochs=self.config.epochs or None, view=self.training_view)]
 
     def begin_phase(self, task: Task, phase: Phase, at: Cursor) -> None:
         if self.config.restart:
