@@ -6,22 +6,19 @@ function of labels, seed and parameters; sorting and counting only, no loop over
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
 from clbench.errors import InputError
 from clbench.scenarios.draws import class_permutation, row_keys
 from clbench.scenarios.model import Group, Scenario, StreamDefaults, Task
 from clbench.scenarios.params import param
+from clbench.scenarios.rows import Ints, choose_rows, cut, labels_at, require_rows, tensor
 
 __all__ = ["Params", "build", "task_sizes"]
-
-Ints = npt.NDArray[np.int64]
 
 DEFAULTS = StreamDefaults()
 
@@ -163,22 +160,6 @@ def task_sizes(
     return [first] + [increment] * full + ([rest] if rest else [])
 
 
-def labels_at(table: LabelTable, level: int | None, where: str) -> tuple[Ints, list[str]]:
-    """Labels (N,) at a label level, counted from 0 inside it, -1 where a row has none; and the level's class names."""
-    levels, parents = table.classes.level.numpy(), table.classes.parent.numpy()
-    finest = table.classes.num_levels - 1
-    level = finest if level is None else level
-    if level > finest:
-        raise InputError(f"{where}: label_level={level} does not exist; the levels are 0 (coarsest) to {finest}")
-    up = np.arange(len(levels))
-    for _ in range(finest):
-        up = np.where((levels[up] > level) & (parents[up] >= 0), parents[up], up)
-    ids = np.flatnonzero(levels == level)
-    inside = np.full(len(levels), -1, dtype=np.int64)
-    inside[ids] = np.arange(len(ids))
-    return inside[up][table.labels.numpy()], [table.classes.names[i] for i in ids]
-
-
 def class_order(order: str | tuple[int, ...], seed: int, num_classes: int, where: str) -> Ints:
     """(C,) data set's class ids in the order in which they are learned; a list may leave classes out."""
     if order == "natural":
@@ -195,56 +176,3 @@ def class_order(order: str | tuple[int, ...], seed: int, num_classes: int, where
     if counts.max() > 1:
         raise InputError(f"{where}: order holds class {values[counts.argmax()]} {counts.max()} times; once is right")
     return ids
-
-
-class Pool(NamedTuple):
-    train: Ints
-    val: Ints
-
-
-def choose_rows(targets: Ints, rows: Ints, params: Params, names: Sequence[str], where: str) -> Pool:
-    """Cap the training `rows` per class and carve the validation rows out, both by the row's own random key.
-
-    A class keeps n = min(its rows, per_class), of which floor(n * val_share + 1/2), but at least one, are
-    for validation.
-    """
-    counts = np.bincount(targets[rows], minlength=len(names))
-    require_rows(counts, names, "training", where)
-    if params.per_class is None and params.val_share == 0:
-        return Pool(rows, rows[:0])
-    kept = counts if params.per_class is None else np.minimum(counts, params.per_class)
-    num_val = np.zeros_like(kept)
-    if params.val_share > 0:
-        num_val = np.maximum(np.floor(kept * params.val_share + 0.5), 1).astype(np.int64)
-        worst = int((num_val - kept).argmax())
-        if num_val[worst] >= kept[worst]:
-            raise InputError(
-                f"{where}: val_share={params.val_share} leaves no training rows of class {names[worst]!r}, which has "
-                f"{kept[worst]}; lower val_share or raise per_class"
-            )
-    keys = row_keys(params.subset_seed, "subset", len(targets))
-    rows = rows[np.lexsort((keys[rows], targets[rows]))]  # class by class, in random order inside
-    target = targets[rows]
-    rank = np.arange(len(rows)) - (np.cumsum(counts) - counts)[target]
-    is_train = rank < (kept - num_val)[target]
-    is_val = ~is_train & (rank < kept[target])
-    return Pool(np.sort(rows[is_train]), np.sort(rows[is_val]))
-
-
-def require_rows(counts: Ints, names: Sequence[str], what: str, where: str) -> None:
-    empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
-    if empty:
-        shown = ", ".join(repr(name) for name in empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
-        raise InputError(
-            f"{where}: no {what} rows of class {shown}; add some, or leave the class out with order=ID,ID,..."
-        )
-
-
-def cut(rows: Ints, task: Ints, num_tasks: int) -> list[Ints]:
-    """Deal rows to their tasks; their order inside a task stays."""
-    ends = np.cumsum(np.bincount(task, minlength=num_tasks))
-    return np.split(rows[np.argsort(task, kind="stable")], ends[:-1])
-
-
-def tensor(values: Ints) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))

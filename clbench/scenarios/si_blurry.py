@@ -2,29 +2,24 @@
 drawn at random. i-Blurry is its deterministic relative: equal shares.
 
 Moon et al., ICCV 2023 (arXiv 2308.09303); the draw order is that of the official sampler (KHU-AGI/Si-Blurry at
-c90d6d7), so that the same seed on rows in the data set's own order gives the same indices (card `si_blurry`, section 1).
+c90d6d7), so that the same seed on rows in the data set's own order gives the same indices (`si_blurry` card, 1).
 Everything is a lookup and a sort: milliseconds at 100,000 samples.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
+from clbench.data.classes import TRAIN, ClassTable, LabelTable
 from clbench.errors import InputError
-from clbench.scenarios.class_incremental import (
-    Ints,
-    choose_rows,
-    labels_at,
-    require_rows,
-    tensor,
-)
-from clbench.scenarios.model import Group, Scenario, StreamDefaults, Task
+from clbench.scenarios.model import Scenario, StreamDefaults, Task
 from clbench.scenarios.params import param
+from clbench.scenarios.rows import Ints, choose_rows, class_groups, first_positions, labels_at, tensor
 
 __all__ = ["Assignment", "Params", "assign", "build", "class_split"]
 
@@ -137,7 +132,7 @@ def even_cuts(total: int, parts: int) -> list[int]:
 
 
 def pieces(pool: Tensor, edges: Sequence[int]) -> list[Tensor]:
-    return [pool[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [pool[start:end] for start, end in pairwise(edges)]
 
 
 def samples_of(labels: Tensor, num_classes: int, classes: Sequence[Tensor]) -> list[Tensor]:
@@ -218,38 +213,3 @@ def build(
 def joined(assigned: Assignment) -> list[Ints]:
     """Both kinds of classes of every task, by the task that owns them."""
     return [torch.cat(pair).numpy() for pair in zip(assigned.disjoint, assigned.blurry, strict=True)]
-
-
-def first_positions(targets: Ints, num_classes: int) -> Ints:
-    """(C,) position of the first sample of each class in a stream of targets; its length for a class without any."""
-    found = np.full(num_classes, len(targets), np.int64)
-    classes, at = np.unique(targets, return_index=True)
-    found[classes] = at
-    return found
-
-
-def class_groups(
-    labels: Ints, split: np.ndarray, kept: Ints, home: Ints, names: Sequence[str], where: str
-) -> tuple[Group, ...]:
-    """One test group per class. kept: (C,) labels in the order of their ids; home: (C,) only task, or -1."""
-    rows = np.flatnonzero((split == TEST) & np.isin(labels, kept))
-    ids = np.searchsorted(kept, labels[rows])
-    counts = np.bincount(ids, minlength=len(kept))
-    require_rows(counts, names, "test", where)
-    by_class = np.split(rows[np.argsort(ids, kind="stable")], np.cumsum(counts)[:-1])
-    every = torch.arange(len(kept))
-    return tuple(
-        Group(
-            name=unique_name(names, index),
-            rows=tensor(found),
-            targets=torch.full((len(found),), index),
-            classes=every,
-            task=None if home[index] < 0 else int(home[index]),
-        )
-        for index, found in enumerate(by_class)
-    )
-
-
-def unique_name(names: Sequence[str], index: int) -> str:
-    """A class's name, with its id where another class has the same."""
-    return names[index] if names.count(names[index]) == 1 else f"{names[index]} ({index})"

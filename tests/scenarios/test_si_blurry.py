@@ -79,7 +79,7 @@ def test_official_evaluations() -> None:
 
 
 def test_49_evaluations_of_50_000_samples() -> None:
-    assert len(official_points(np.arange(64, 50_001, 64).tolist() + [50_000], 1000)) == 49
+    assert len(official_points([*range(64, 50_000, 64), 50_000], 1000)) == 49
 
 
 def test_metrics_of_the_official_code() -> None:
@@ -190,8 +190,8 @@ def test_bad_parameters() -> None:
         build([table], 0, Params(tasks=11))
     with pytest.raises(InputError, match="takes one data set, not 2"):
         build([table, table], 0, Params())
-    for given in ({"disjoint": 101}, {"blurry": -1}):
+    for changed in ({"disjoint": 101}, {"blurry": -1}):
         with pytest.raises(InputError, match="must be at"):
-            find("si-blurry-digits").with_params(given)
+            find("si-blurry-digits").with_params(changed)
     with pytest.raises(InputError, match="no test rows of class 'class 1'"):
         build([make_table("odd", [0, 1] * 5, [0], 2)], 0, Params(tasks=1))

@@ -1,0 +1,147 @@
+"""What builders share: labels at a level, choosing rows, dealing them to tasks, test groups of single classes.
+
+Shapes: N rows of the store, C classes, n rows chosen.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clbench.data.classes import TEST, LabelTable
+from clbench.errors import InputError
+from clbench.scenarios.draws import row_keys
+from clbench.scenarios.model import Group
+
+__all__ = [
+    "Ints",
+    "Pool",
+    "Subset",
+    "choose_rows",
+    "class_groups",
+    "cut",
+    "first_positions",
+    "labels_at",
+    "require_rows",
+    "tensor",
+]
+
+Ints = npt.NDArray[np.int64]
+
+
+class Subset(Protocol):
+    """Parameters that a builder has if its training rows may be capped and validation rows kept out."""
+
+    @property
+    def per_class(self) -> int | None: ...
+    @property
+    def val_share(self) -> float: ...
+    @property
+    def subset_seed(self) -> int: ...
+
+
+def labels_at(table: LabelTable, level: int | None, where: str) -> tuple[Ints, list[str]]:
+    """Labels (N,) at a label level, counted from 0 inside it, -1 where a row has none; and the level's class names."""
+    levels, parents = table.classes.level.numpy(), table.classes.parent.numpy()
+    finest = table.classes.num_levels - 1
+    level = finest if level is None else level
+    if level > finest:
+        raise InputError(f"{where}: label_level={level} does not exist; the levels are 0 (coarsest) to {finest}")
+    up = np.arange(len(levels))
+    for _ in range(finest):
+        up = np.where((levels[up] > level) & (parents[up] >= 0), parents[up], up)
+    ids = np.flatnonzero(levels == level)
+    inside = np.full(len(levels), -1, dtype=np.int64)
+    inside[ids] = np.arange(len(ids))
+    return inside[up][table.labels.numpy()], [table.classes.names[i] for i in ids]
+
+
+class Pool(NamedTuple):
+    train: Ints
+    val: Ints
+
+
+def choose_rows(targets: Ints, rows: Ints, params: Subset, names: Sequence[str], where: str) -> Pool:
+    """Cap the training `rows` per class and carve the validation rows out, both by the row's own random key.
+
+    A class keeps n = min(its rows, per_class), of which floor(n * val_share + 1/2), but at least one, are
+    for validation.
+    """
+    counts = np.bincount(targets[rows], minlength=len(names))
+    require_rows(counts, names, "training", where)
+    if params.per_class is None and params.val_share == 0:
+        return Pool(rows, rows[:0])
+    kept = counts if params.per_class is None else np.minimum(counts, params.per_class)
+    num_val = np.zeros_like(kept)
+    if params.val_share > 0:
+        num_val = np.maximum(np.floor(kept * params.val_share + 0.5), 1).astype(np.int64)
+        worst = int((num_val - kept).argmax())
+        if num_val[worst] >= kept[worst]:
+            raise InputError(
+                f"{where}: val_share={params.val_share} leaves no training rows of class {names[worst]!r}, which has "
+                f"{kept[worst]}; lower val_share or raise per_class"
+            )
+    keys = row_keys(params.subset_seed, "subset", len(targets))
+    rows = rows[np.lexsort((keys[rows], targets[rows]))]  # class by class, in random order inside
+    target = targets[rows]
+    rank = np.arange(len(rows)) - (np.cumsum(counts) - counts)[target]
+    is_train = rank < (kept - num_val)[target]
+    is_val = ~is_train & (rank < kept[target])
+    return Pool(np.sort(rows[is_train]), np.sort(rows[is_val]))
+
+
+def require_rows(counts: Ints, names: Sequence[str], what: str, where: str) -> None:
+    empty = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
+    if empty:
+        shown = ", ".join(repr(name) for name in empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
+        raise InputError(
+            f"{where}: no {what} rows of class {shown}; add some, or leave the class out with order=ID,ID,..."
+        )
+
+
+def cut(rows: Ints, task: Ints, num_tasks: int) -> list[Ints]:
+    """Deal rows to their tasks; their order inside a task stays."""
+    ends = np.cumsum(np.bincount(task, minlength=num_tasks))
+    return np.split(rows[np.argsort(task, kind="stable")], ends[:-1])
+
+
+def first_positions(targets: Ints, num_classes: int) -> Ints:
+    """(C,) position of the first sample of each class in a stream of targets; its length for a class without any."""
+    found = np.full(num_classes, len(targets), np.int64)
+    classes, at = np.unique(targets, return_index=True)
+    found[classes] = at
+    return found
+
+
+def class_groups(
+    labels: Ints, split: np.ndarray, kept: Ints, home: Ints, names: Sequence[str], where: str
+) -> tuple[Group, ...]:
+    """One test group per class. kept: (C,) labels in the order of their ids; home: (C,) only task, or -1."""
+    rows = np.flatnonzero((split == TEST) & np.isin(labels, kept))
+    ids = np.searchsorted(kept, labels[rows])
+    counts = np.bincount(ids, minlength=len(kept))
+    require_rows(counts, names, "test", where)
+    by_class = np.split(rows[np.argsort(ids, kind="stable")], np.cumsum(counts)[:-1])
+    every = torch.arange(len(kept))
+    return tuple(
+        Group(
+            name=unique_name(names, index),
+            rows=tensor(found),
+            targets=torch.full((len(found),), index),
+            classes=every,
+            task=None if home[index] < 0 else int(home[index]),
+        )
+        for index, found in enumerate(by_class)
+    )
+
+
+def unique_name(names: Sequence[str], index: int) -> str:
+    """A class's name, with its id where another class has the same."""
+    return names[index] if names.count(names[index]) == 1 else f"{names[index]} ({index})"
+
+
+def tensor(values: Ints) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
