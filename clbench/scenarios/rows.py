@@ -111,8 +111,7 @@ def cut(rows: Ints, task: Ints, num_tasks: int) -> list[Ints]:
 def first_positions(targets: Ints, num_classes: int) -> Ints:
     """(C,) position of the first sample of each class in a stream of targets; its length for a class without any."""
     found = np.full(num_classes, len(targets), np.int64)
-    classes, at = np.unique(targets, return_index=True)
-    found[classes] = at
+    found[targets[::-1]] = np.arange(len(targets))[::-1]  # of several positions the last one assigned, the first, stays
     return found
 
 
