@@ -24,7 +24,7 @@ from clbench.scenarios.rows import Ints, choose_rows, cut, first_positions, labe
 __all__ = ["Params", "build", "natural_counts", "rehearsal_counts", "round_counts", "shape_weights"]
 
 DEFAULTS = StreamDefaults(batch_size=128)
-Shape = Literal["power", "exponential", "uniform", "random", "none"]
+Weighting = Literal["power", "exponential", "uniform", "random", "none"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Params:
     order: Literal["natural", "seeded"] | tuple[int, ...] = param(
         "natural", "classes: as in the data set, numpy's permutation of the order seed, or a list of class ids"
     )
-    shape: Shape = param("power", "how shares fall with the lag; uniform, random and none are controls")
+    shape: Literal["power", "exponential", "uniform", "random", "none"] = param(
+        "power", "how shares fall with the lag; uniform, random and none are controls"
+    )
     exponent: float = param(1.0, "power: weights d^-exponent", low=0)
     rate: float = param(1.0, "exponential: weights exp(-rate d)", low=0)
     budget: Literal["fixed", "natural"] = param(
@@ -54,7 +56,7 @@ class Params:
 
 
 # -- how much of what -------------------------------------------------------------------------------------------------
-def shape_weights(lags: np.ndarray, shape: Shape, exponent: float = 1.0, rate: float = 1.0) -> np.ndarray:
+def shape_weights(lags: np.ndarray, shape: Weighting, exponent: float = 1.0, rate: float = 1.0) -> np.ndarray:
     """Weights of earlier tasks at the given lags (k,), each at least 1; they sum to 1.
 
     `power` d^-exponent, `exponential` exp(-rate d), `uniform` and `random` all the same.
@@ -66,7 +68,7 @@ def shape_weights(lags: np.ndarray, shape: Shape, exponent: float = 1.0, rate: f
         raw = np.exp(-rate * (lags - lags.min(initial=np.inf)))  # the factor cancels, and large lags do not underflow
     else:
         raw = np.ones_like(lags)
-    return raw / raw.sum()
+    return np.asarray(raw / raw.sum())
 
 
 def round_counts(weights: np.ndarray, total: int) -> Ints:
@@ -225,8 +227,8 @@ def blocks(table: LabelTable, seed: int, params: Params, where: str) -> Pieces:
     test = np.flatnonzero((split == TEST) & (targets >= 0))
     require_rows(np.bincount(targets[test], minlength=len(names)), names, "test", where)
     task_of = np.repeat(np.arange(len(sizes)), sizes)
-    parts = [cut(rows, task_of[targets[rows]], len(sizes)) for rows in (pool.train, pool.val, test)]
-    return Pieces(*parts, targets, tuple(names))
+    train, val, test_rows = (cut(rows, task_of[targets[rows]], len(sizes)) for rows in (pool.train, pool.val, test))
+    return Pieces(train, val, test_rows, targets, tuple(names))
 
 
 def lay_out(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clbench.data.classes import TEST, LabelTable
+from clbench.data.classes import LabelTable
 from clbench.errors import InputError
 from clbench.scenarios.draws import row_keys
 from clbench.scenarios.model import Group
@@ -25,6 +25,7 @@ __all__ = [
     "cut",
     "first_positions",
     "labels_at",
+    "only_tasks",
     "require_rows",
     "tensor",
 ]
@@ -116,25 +117,41 @@ def first_positions(targets: Ints, num_classes: int) -> Ints:
 
 
 def class_groups(
-    labels: Ints, split: np.ndarray, kept: Ints, home: Ints, names: Sequence[str], where: str
+    rows: Ints, targets: Ints, classes: Ints, home: Ints, names: Sequence[str], where: str, *, level: int = 0
 ) -> tuple[Group, ...]:
-    """One test group per class. kept: (C,) labels in the order of their ids; home: (C,) only task, or -1."""
-    rows = np.flatnonzero((split == TEST) & np.isin(labels, kept))
-    ids = np.searchsorted(kept, labels[rows])
-    counts = np.bincount(ids, minlength=len(kept))
-    require_rows(counts, names, "test", where)
-    by_class = np.split(rows[np.argsort(ids, kind="stable")], np.cumsum(counts)[:-1])
-    every = torch.arange(len(kept))
+    """One test group per class, for scenarios in which a class counts from its first sample on.
+
+    rows, targets: (n,) test rows and their class ids.  classes: ids of this level, ascending: what answers may come
+    from.  home: (C,) the only task that trains a class, or -1.  names: of all C classes.
+    """
+    counts = np.bincount(targets, minlength=len(names))
+    require_rows(counts[classes], [names[i] for i in classes.tolist()], "test", where)
+    ends = np.cumsum(counts)
+    ordered = rows[np.argsort(targets, kind="stable")]
+    answers = tensor(classes)
     return tuple(
         Group(
             name=unique_name(names, index),
-            rows=tensor(found),
-            targets=torch.full((len(found),), index),
-            classes=every,
+            rows=tensor(ordered[ends[index] - counts[index] : ends[index]]),
+            targets=torch.full((int(counts[index]),), index),
+            classes=answers,
             task=None if home[index] < 0 else int(home[index]),
+            level=level,
         )
-        for index, found in enumerate(by_class)
+        for index in classes.tolist()
     )
+
+
+def only_tasks(tasks: Sequence[Ints], num_classes: int) -> Ints:
+    """(C,) the only task with samples of a class, -1 where there are several. tasks: targets of each, (n,)."""
+    home = np.full(num_classes, -1, np.int64)
+    times = np.zeros(num_classes, np.int64)
+    for index, targets in enumerate(tasks):
+        present = np.unique(targets)
+        home[present] = index
+        times[present] += 1
+    home[times > 1] = -1
+    return home
 
 
 def unique_name(names: Sequence[str], index: int) -> str:

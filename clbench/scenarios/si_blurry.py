@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clbench.data.classes import TRAIN, ClassTable, LabelTable
+from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
 from clbench.errors import InputError
 from clbench.scenarios.model import Scenario, StreamDefaults, Task
 from clbench.scenarios.params import param
-from clbench.scenarios.rows import Ints, choose_rows, class_groups, first_positions, labels_at, tensor
+from clbench.scenarios.rows import Ints, choose_rows, class_groups, first_positions, labels_at, only_tasks, tensor
 
 __all__ = ["Assignment", "Params", "assign", "build", "class_split"]
 
@@ -157,8 +157,8 @@ def build(
     """The online stream: each sample once, in order. `seed` is the order seed (the papers take 1 to 5).
 
     Classes keep the data set's order; those that rounding leaves out are not part of the scenario. A class counts from
-    its first sample on, one that has leaked in included, so every class is a test group of its own; disjoint classes
-    belong to their task, blurry ones to none. Raises InputError if a parameter cannot be met.
+    its first sample on, one that has leaked in included, so every class is a test group of its own; it belongs to a
+    task if no other task has samples of it. Raises InputError if a parameter cannot be met.
     """
     if len(tables) != 1:
         raise InputError(f"{id}: a blurry stream takes one data set, not {len(tables)}")
@@ -190,16 +190,15 @@ def build(
         )
         for index, (r, t) in enumerate(zip(rows, targets, strict=True))
     )
-    home = np.full(len(kept), -1, np.int64)
-    for index, classes in enumerate(assigned.disjoint):
-        home[id_of[np.intersect1d(classes, kept)]] = index
     class_names = tuple(names[i] for i in kept.tolist())
+    home = only_tasks(targets, len(kept))
+    test = np.flatnonzero((split == TEST) & np.isin(labels, kept))
     return Scenario(
         id=id,
         datasets=(table.dataset,),
         setting="class",
         tasks=tasks,
-        groups=class_groups(labels, split, kept, home, class_names, where),
+        groups=class_groups(test, id_of[labels[test]], np.arange(len(kept)), home, class_names, where),
         classes=ClassTable(
             class_names, torch.zeros(len(kept), dtype=torch.int64), torch.full((len(kept),), -1, dtype=torch.int64)
         ),
