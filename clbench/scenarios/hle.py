@@ -1,8 +1,8 @@
-"""Hierarchical label expansion: classes are first known by coarse labels, and split into finer ones as the stream goes.
+"""Hierarchical label expansion: classes first have coarse labels, and split into finer ones as the stream goes.
 
-ICCV 2023 (arXiv 2308.14374); set-ups and counts from the official repository Hyun1A/HLE at 4cfd71b (card `hle`, sections 1
-and 3). Its streams are lists of files that are not published whole: ours have the same counts and are drawn anew, so
-results are comparable in distribution only. Every sample comes with the label of one level and counts in the head of
+ICCV 2023 (arXiv 2308.14374); set-ups and counts from the official repository Hyun1A/HLE at 4cfd71b (`hle` card,
+sections 1 and 3). Its streams are lists of files that are not published whole: ours have the same counts and are drawn
+anew, so results are comparable in distribution only. Every sample comes with the label of one level and counts in the head of
 that level alone.
 """
 
@@ -122,7 +122,8 @@ def used_levels(tree: Tree, params: Params, where: str) -> Tree:
         return tree
     if params.coarse_level >= tree.num_levels - 1:
         raise InputError(
-            f"{where}: coarse_level={params.coarse_level} is not above the finest level; give 0 to {tree.num_levels - 2}"
+            f"{where}: coarse_level={params.coarse_level} is not above the finest level; "
+            f"give 0 to {tree.num_levels - 2}"
         )
     keep = [params.coarse_level, tree.num_levels - 1]
     return Tree(tuple(tree.names[level] for level in keep), tree.at[keep])
@@ -185,7 +186,7 @@ def fine_tasks(tree: Tree, seed: int, params: Params, where: str) -> Ints:
     num_fine = len(tree.names[-1])
     if params.by_parent:
         order = class_permutation(seed, len(tree.names[0]))
-        return (1 + np.argsort(order))[tree.at[0]]
+        return np.asarray((1 + np.argsort(order))[tree.at[0]])
     if params.tasks - 1 > num_fine:
         raise InputError(f"{where}: tasks={params.tasks} is more than one and the {num_fine} finest classes; lower it")
     out = np.empty(num_fine, np.int64)

@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Tree:
-    """H + 1 levels over C finest classes. names: per level, coarsest first.  at: (H + 1, C) int64, which class of a level
-    a finest class belongs to; the last row counts 0 .. C-1."""
+    """H + 1 levels over C finest classes. names: per level, coarsest first.  at: (H + 1, C) int64, which class of a
+    level a finest class belongs to; the last row counts 0 .. C-1."""
 
     names: tuple[tuple[str, ...], ...]
     at: Ints
@@ -39,16 +39,14 @@ def tree_names() -> list[str]:
 
 
 def find_tree(given: str | None, table: LabelTable, where: str) -> Tree:
-    """The tree called `given` (a table of the package or the path of a CSV file); None takes the data's own hierarchy."""
+    """The tree called `given` (a table of the package, or the path of a CSV file); None: the data's own hierarchy."""
     if given is None:
         return own_tree(table, where)
     path = Path(given) if given.endswith(".csv") else FOLDER / f"{given}.csv"
     if not given.endswith(".csv") and given not in tree_names():
         raise unknown_name(f"tree of {where}", given, tree_names(), "(or give the path of a .csv file)")
-    finest = table.classes.num_levels - 1
-    names = [
-        name for name, level in zip(table.classes.names, table.classes.level.tolist(), strict=True) if level == finest
-    ]
+    finest = table.classes.level == table.classes.num_levels - 1
+    names = [table.classes.names[i] for i in finest.nonzero()[:, 0].tolist()]
     return from_edges(read_edges(path), names, f"tree {path.name} for {where}")
 
 
@@ -70,8 +68,8 @@ def read_edges(path: Path) -> list[tuple[str, str]]:
 
 
 def from_edges(edges: Sequence[tuple[str, str]], names: Sequence[str], where: str) -> Tree:
-    """The tree over the classes `names`. Raises InputError for a cycle, an orphan, two parents, classes that are missing
-    or unknown, and for classes of different depth."""
+    """The tree over the classes `names`. Raises InputError for a cycle, an orphan, two parents, classes that are
+    missing or unknown, and for classes of different depth."""
     known = {name: f"#{i}" for i, name in enumerate(names)}  # inside, a finest class goes by its number
     parent_of: dict[str, str] = {}
     for child, parent in edges:
@@ -109,11 +107,9 @@ def climb(leaf: str, parent_of: Mapping[str, str], where: str, names: Sequence[s
 
 
 def shown(node: str, names: Sequence[str]) -> str:
-    return (
-        repr(names[int(node[1:])])
-        if node[:1] == "#" and node[1:].isdigit() and int(node[1:]) < len(names)
-        else repr(node)
-    )
+    """A node as a message shows it: a finest class by its name."""
+    number = int(node[1:]) if node.startswith("#") and node[1:].isdigit() else len(names)
+    return repr(names[number] if number < len(names) else node)
 
 
 def from_paths(paths: Sequence[Sequence[str]], names: Sequence[str]) -> Tree:
