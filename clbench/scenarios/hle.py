@@ -2,8 +2,8 @@
 
 ICCV 2023 (arXiv 2308.14374); set-ups and counts from the official repository Hyun1A/HLE at 4cfd71b (`hle` card,
 sections 1 and 3). Its streams are lists of files that are not published whole: ours have the same counts and are drawn
-anew, so results are comparable in distribution only. Every sample comes with the label of one level and counts in the head of
-that level alone.
+anew, so results are comparable in distribution only. Every sample comes with the label of one level and counts in the
+head of that level alone.
 """
 
 from collections.abc import Sequence

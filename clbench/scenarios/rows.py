@@ -99,7 +99,8 @@ def require_rows(counts: Ints, names: Sequence[str], what: str, where: str) -> N
     if empty:
         shown = ", ".join(repr(name) for name in empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
         raise InputError(
-            f"{where}: no {what} rows of class {shown}; add some, or leave the class out (order=ID,ID,... where a scenario has that)"
+            f"{where}: no {what} rows of class {shown}; add some, or leave the class out (order=ID,ID,... where a "
+            f"scenario has that)"
         )
 
 

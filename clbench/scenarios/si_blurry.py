@@ -19,7 +19,7 @@ from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
 from clbench.errors import InputError
 from clbench.scenarios.model import Scenario, StreamDefaults, Task
 from clbench.scenarios.params import param
-from clbench.scenarios.rows import Ints, choose_rows, class_groups, first_positions, labels_at, only_tasks, tensor
+from clbench.scenarios.rows import Ints, choose_rows, class_groups, cut, first_positions, labels_at, only_tasks, tensor
 
 __all__ = ["Assignment", "Params", "assign", "build", "class_split"]
 
@@ -179,12 +179,16 @@ def build(
     targets = [id_of[labels[r]] for r in rows]
     first_seen = first_positions(np.concatenate(targets), len(kept))
     starts = np.cumsum([0, *map(len, rows)])
-    val = [pool.val[np.isin(labels[pool.val], np.intersect1d(classes, kept))] for classes in joined(assigned)]
+    introduced = np.searchsorted(starts, first_seen, side="right") - 1
+    # Validation rows stay with the class's own task; if all its samples there have leaked, it may be seen first later.
+    val_rows = pool.val[np.isin(labels[pool.val], kept)]
+    val_task = np.maximum(owners(assigned, len(names))[kept], introduced)
+    val = cut(val_rows, val_task[id_of[labels[val_rows]]], params.tasks)
     tasks = tuple(
         Task(
             rows=tensor(r),
             targets=tensor(t),
-            classes=tensor(np.flatnonzero((first_seen >= starts[index]) & (first_seen < starts[index + 1]))),
+            classes=tensor(np.flatnonzero(introduced == index)),
             val=(tensor(val[index]), tensor(id_of[labels[val[index]]])) if params.val_share > 0 else None,
             name=f"task {index}",
         )
@@ -209,6 +213,9 @@ def build(
     )
 
 
-def joined(assigned: Assignment) -> list[Ints]:
-    """Both kinds of classes of every task, by the task that owns them."""
-    return [torch.cat(pair).numpy() for pair in zip(assigned.disjoint, assigned.blurry, strict=True)]
+def owners(assigned: Assignment, num_classes: int) -> Ints:
+    """(C,) the task that owns a class, disjoint or blurry; -1 for those that rounding leaves out."""
+    owner = np.full(num_classes, -1, np.int64)
+    for task, pair in enumerate(zip(assigned.disjoint, assigned.blurry, strict=True)):
+        owner[torch.cat(pair).numpy()] = task
+    return owner
