@@ -18,6 +18,8 @@ from clbench.errors import ClbenchError, InputError, unknown_name
 
 if TYPE_CHECKING:
     from clbench.api import DryRun, Results
+    from clbench.data.classes import LabelTable
+    from clbench.scenarios.registry import Preset
 
 __all__ = ["app", "main"]
 
@@ -398,13 +400,12 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """The task table of a scenario, and a picture of its stream."""
-    from clbench.data import load
     from clbench.report.stream_picture import draw
     from clbench.scenarios import registry
     from clbench.scenarios.describe import describe
 
     preset = registry.find(scenario).with_params(parse_pairs("--scenario-set", scenario_set))
-    tables = [load(name, roots=tuple(data or ())).table() for name in preset.datasets]
+    tables = label_tables(preset, data)
     built = registry.build(preset, tables, order_seed)
     rows = describe(built)
     picture = draw(built, out or Path("results/scenarios") / f"{built.id}.png")
@@ -423,6 +424,16 @@ def show(
     print("\nparameters (--scenario-set):")
     print_table(("name", "value", "type", "help"), preset.param_table())
     print(f"\npicture: {picture}")
+
+
+def label_tables(preset: "Preset", data: Sequence[Path] | None) -> "list[LabelTable]":
+    """The label tables of a scenario's data sets, rows as its recipe wants them."""
+    from clbench.data import load_all
+
+    stores = load_all(
+        preset.datasets, roots=tuple(data or ()), order=preset.row_order, size=preset.size, scenario=preset.id
+    )
+    return [store.table() for store in stores]
 
 
 # -- data --------------------------------------------------------------------------------------------------------
@@ -518,12 +529,11 @@ def check(
 
         results = [(c.name, c.ok, c.message) for c in check_method(what, parse_pairs("--set", set_))]
     else:
-        from clbench.data import load
         from clbench.scenarios import registry
         from clbench.scenarios.check import check_preset
 
         preset = registry.find(what).with_params(parse_pairs("--scenario-set", scenario_set))
-        tables = [load(name, roots=tuple(data or ())).table() for name in preset.datasets]
+        tables = label_tables(preset, data)
         results = [(c.name, c.ok, c.message) for c in check_preset(preset, tables)]
     report(results)
 

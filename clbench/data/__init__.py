@@ -8,15 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
-    from clbench.data.loading import load
+    from clbench.data.loading import load, load_all
     from clbench.data.reader import Reader
     from clbench.data.store import ImageStore
     from clbench.data.views import View, parse_view
 
-__all__ = ["TEST", "TRAIN", "ClassTable", "ImageStore", "LabelTable", "Reader", "View", "load", "parse_view"]
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "ClassTable",
+    "ImageStore",
+    "LabelTable",
+    "Reader",
+    "View",
+    "load",
+    "load_all",
+    "parse_view",
+]
 
 _HOMES = {
-    "TEST": "classes", "TRAIN": "classes", "ClassTable": "classes", "LabelTable": "classes", "load": "loading",
+    "TEST": "classes", "TRAIN": "classes", "ClassTable": "classes", "LabelTable": "classes", "load": "loading", "load_all": "loading",
     "Reader": "reader", "ImageStore": "store", "View": "views", "parse_view": "views",
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +161,14 @@ def open_entry(folder: Path, *, full: bool = False) -> Entry | None:
     return Entry(folder, manifest, arrays["images"], arrays["labels"], arrays["split"], arrays.get("groups"))
 
 
+class Rows(Protocol):
+    """Images by row, an array or what stands for one. shape: (N, C, H, W)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]: ...
+
+
 class HashedFile:
     """A file that is hashed while it is written."""
 
@@ -192,7 +200,7 @@ def save(path: Path, dtype: str, shape: tuple[int, ...], blocks: Iterator[NDArra
 
 def write_entry(
     folder: Path,
-    images: NDArray[np.uint8],
+    images: Rows,
     order: NDArray[np.int64],
     columns: Mapping[str, NDArray[Any]],
     facts: Mapping[str, Any],

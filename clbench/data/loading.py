@@ -20,7 +20,7 @@ from clbench.data.sources import Decoded, Source, detect, module
 from clbench.data.store import ImageStore
 from clbench.errors import InputError, unknown_name
 
-__all__ = ["build", "entry_folder", "load", "open_or_build"]
+__all__ = ["build", "entry_folder", "load", "load_all", "open_or_build"]
 
 TEST_SHARE = 0.2
 
@@ -65,6 +65,29 @@ def load(
         fetch(text)
         found = find(text, roots)
     return as_store(found.name, found.entry, open_or_build(found, order, size))
+
+
+def load_all(
+    names: Sequence[str],
+    *,
+    roots: Sequence[str | os.PathLike[str]] = (),
+    order: str = "canonical",
+    size: int | None = None,
+    scenario: str = "",
+) -> list[ImageStore]:
+    """`load` for every data set of a scenario. If several are missing, one InputError names them all."""
+    stores, absent = [], []
+    for name in names:
+        try:
+            stores.append(load(name, roots=roots, order=order, size=size))
+        except Missing as error:
+            absent.append(str(error))
+    if len(absent) > 1:
+        listed = "".join(f"\n  - {text}" for text in absent)
+        raise Missing(f"scenario {scenario} needs {len(absent)} data sets that are not on this machine:{listed}")
+    if absent:
+        raise Missing(absent[0])
+    return stores
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clbench import backbones, data, scenarios
 from clbench.backbones.backbone import Backbone
 from clbench.backbones.factory import parse_option
+from clbench.data.join import join
 from clbench.data.reader import Reader
 from clbench.data.store import ImageStore
 from clbench.errors import InputError, unknown_name
@@ -97,10 +98,12 @@ def resolve(spec: RunSpec) -> Resolved:
     found = registry.find(spec.method)
     preset = scenarios.find(spec.scenario).with_params(spec.scenario_params)
     recipe = registry.find_recipe(found, preset.id)
-    stores = [data.load(name, roots=spec.data, order=preset.row_order) for name in preset.datasets]
+    stores = data.load_all(
+        preset.datasets, roots=spec.data, order=preset.row_order, size=preset.size, scenario=preset.id
+    )
     order_seed = spec.seed if spec.order_seed is None else spec.order_seed
     scenario = scenarios.build(preset, [store.table() for store in stores], order_seed)
-    store = single_store(stores, preset.id).to(device)
+    store = join(stores).to(device)
     check_setting(found, scenario)
 
     config, hyperparameters = make_config(
@@ -201,15 +204,6 @@ def find_device(name: str) -> torch.device:
             f"device {name} is not there (CUDA devices found: {torch.cuda.device_count()}); use --device cpu or auto"
         )
     return device
-
-
-def single_store(stores: list[ImageStore], scenario_id: str) -> ImageStore:
-    """The one store of a scenario."""
-    if len(stores) != 1:
-        raise InputError(
-            f"scenario {scenario_id} uses {len(stores)} data sets; streams over several are not supported yet"
-        )
-    return stores[0]
 
 
 def check_setting(found: registry.FoundMethod, scenario: Scenario) -> None:
