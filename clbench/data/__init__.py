@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TEST": "classes", "TRAIN": "classes", "ClassTable": "classes", "LabelTable": "classes", "load": "loading", "load_all": "loading",
+    "TEST": "classes", "TRAIN": "classes", "ClassTable": "classes", "LabelTable": "classes", "load": "loading",
+    "load_all": "loading",
     "Reader": "reader", "ImageStore": "store", "View": "views", "parse_view": "views",
 }  # fmt: skip
 

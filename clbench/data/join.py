@@ -18,7 +18,7 @@ __all__ = ["join"]
 
 
 class Joined:
-    """The rows of several image arrays, one behind the other, grey ones as RGB; enough of an array for `write_entry`."""
+    """The rows of several image arrays, one behind the other, grey ones as RGB: an array to `write_entry`."""
 
     def __init__(self, parts: Sequence[NDArray[np.uint8]]) -> None:
         self.parts = parts
