@@ -15,10 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clbench.errors import ClbenchError, InputError, unknown_name
+from clbench.protocol.cli import protocol_app, sweep
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from clbench.api import DryRun, Results
     from clbench.data.classes import LabelTable
+    from clbench.data.store import ImageStore
+    from clbench.scenarios.model import Scenario
     from clbench.scenarios.registry import Preset
 
 __all__ = ["app", "main"]
@@ -35,6 +41,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Which data sets are found, and how to get the others.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(protocol_app, name="protocol")
+app.command("sweep")(sweep)
 
 DataOption = Annotated[
     list[Path] | None, typer.Option("--data", metavar="DIR", help="Folder searched for data first (repeatable).")
@@ -397,6 +405,9 @@ def show(
         Path | None,
         typer.Option(metavar="PNG", help="Where the picture goes: results/scenarios/<id>.png if not given."),
     ] = None,
+    with_statistics: Annotated[
+        bool, typer.Option("--statistics", help="Read all images too: duplicates, label conflicts, leaks.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The task table of a scenario, and a picture of its stream."""
@@ -405,14 +416,15 @@ def show(
     from clbench.scenarios.describe import describe
 
     preset = registry.find(scenario).with_params(parse_pairs("--scenario-set", scenario_set))
-    tables = label_tables(preset, data)
-    built = registry.build(preset, tables, order_seed)
+    stores = stores_of(preset, data)
+    built = registry.build(preset, [store.table() for store in stores], order_seed)
     rows = describe(built)
+    facts = image_statistics(built, stores) if with_statistics else {}
     picture = draw(built, out or Path("results/scenarios") / f"{built.id}.png")
     if as_json:
         about = {"id": built.id, "title": preset.title, "setting": built.setting, "online": built.online,
                  "num_classes": built.num_classes, "fingerprint": built.fingerprint, "parameters": preset.param_table(),
-                 "tasks": rows, "picture": picture}  # fmt: skip
+                 "tasks": rows, **({"statistics": facts} if facts else {}), "picture": picture}  # fmt: skip
         print_json(about)
         return
     print(f"{built.id}: {preset.title}")
@@ -420,20 +432,91 @@ def show(
     once = "every row once, in order" if built.online else "epochs, reshuffled"
     print(f"{built.setting}-incremental, {once}, {built.num_classes} classes, order seed {order_seed}")
     print(f"fingerprint {built.fingerprint}\n")
-    print_table(("task", "classes", "train", "val", "test", "share", "old"), rows)
+    print_table(("task", "classes", "train", "val", "test", "share", "old"), [shortened(row) for row in rows])
     print("\nparameters (--scenario-set):")
     print_table(("name", "value", "type", "help"), preset.param_table())
+    if facts:
+        print("\nimages:")
+        print_table(("what", "number"), [{"what": key, "number": number} for key, number in facts.items()])
     print(f"\npicture: {picture}")
+
+
+def shortened(row: dict[str, Any], most: int = 10) -> dict[str, Any]:
+    """A row of the task table with at most so many class names."""
+    classes = row["classes"]
+    if len(classes) <= most:
+        return row
+    return {**row, "classes": (*classes[:most], f"... ({len(classes)})")}
 
 
 def label_tables(preset: "Preset", data: Sequence[Path] | None) -> "list[LabelTable]":
     """The label tables of a scenario's data sets, rows as its recipe wants them."""
+    return [store.table() for store in stores_of(preset, data)]
+
+
+def stores_of(preset: "Preset", data: Sequence[Path] | None) -> "list[ImageStore]":
+    """The data sets of a scenario, rows and size as its recipe wants them."""
     from clbench.data import load_all
 
-    stores = load_all(
+    return load_all(
         preset.datasets, roots=tuple(data or ()), order=preset.row_order, size=preset.size, scenario=preset.id
     )
-    return [store.table() for store in stores]
+
+
+def digests_of(stores: "Sequence[ImageStore]") -> "NDArray[np.uint64]":
+    """(N, 4) sha256 of the pixels of every row."""
+    import numpy as np
+
+    from clbench.data.loading import pixel_digests
+
+    return np.concatenate([pixel_digests(store.images.numpy()) for store in stores])
+
+
+def image_statistics(scenario: "Scenario", stores: "Sequence[ImageStore]") -> dict[str, int]:
+    """How many images are duplicates, leaks and so on; sizes are in the task table already."""
+    from clbench.scenarios.statistics import statistics
+
+    facts = statistics(scenario, digests_of(stores))
+    return {"repeats": sum(facts["repeats"])} | {key: n for key, n in facts.items() if isinstance(n, int)}
+
+
+# -- export ------------------------------------------------------------------------------------------------------
+
+
+@app.command("export")
+def export_(
+    scenario: Annotated[str, typer.Argument(help="Scenario id or path of a scenario file.")],
+    to: Annotated[str, typer.Option(help="Format: parquet.")] = "parquet",
+    scenario_set: ScenarioSetOption = None,
+    order_seed: Annotated[int, typer.Option(help="Seed of class and stream order.")] = 0,
+    with_digests: Annotated[
+        bool, typer.Option("--with-digests", help="Add the sha256 of each row's pixels; reads all images.")
+    ] = False,
+    data: DataOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where it goes: results/scenarios/<id>.parquet if not given."),
+    ] = None,
+) -> None:
+    """Write a scenario's index table for other frameworks: which row comes when, as which class, seen how."""
+    from clbench.interop.tables import export_parquet
+    from clbench.scenarios import registry
+
+    if to != "parquet":
+        raise unknown_name("export format", to, ["parquet"], "(Avalanche: clbench.interop.avalanche, from Python)")
+    preset = registry.find(scenario).with_params(parse_pairs("--scenario-set", scenario_set))
+    stores = stores_of(preset, data)
+    tables = [store.table() for store in stores]
+    built = registry.build(preset, tables, order_seed)
+    path = export_parquet(
+        built, out or Path("results/scenarios") / f"{built.id}.parquet", tables, row_order=preset.row_order,
+        size=preset.size, digests=digests_of(stores) if with_digests else None,
+    )  # fmt: skip
+    print(f"{built.id}: {built.offsets[-1]} training rows, {sum(len(g.rows) for g in built.groups)} test rows")
+    print(f"fingerprint {built.fingerprint}")
+    for store in stores:
+        print(f"rows of {store.name}, fingerprint {store.fingerprint}")
+    print(f"written to {path}")
 
 
 # -- data --------------------------------------------------------------------------------------------------------

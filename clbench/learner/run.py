@@ -23,6 +23,7 @@ from clbench.learner.learner import Interrupted, Learner, Progress
 from clbench.learner.resolve import Resolved
 from clbench.methods.base import Method
 from clbench.metrics import Curve, per_level, summarise
+from clbench.scenarios.model import Scenario
 from clbench.store.record import RunRecord, run_id
 
 __all__ = ["RunResult", "attach_features", "make_learner", "run", "run_folder", "weights_digest"]
@@ -162,6 +163,7 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
     metrics = summarise(
         matrix, group_task=group_task, sizes=sizes, setting=scenario.setting, mask=resolved.mask, before=rows.get(-1),
         curve=curve, active=active, sample_period=scenario.defaults.eval_samples if scenario.online else None,
+        own=own_samples(scenario),
     )  # fmt: skip
     levels = np.array([group.level for group in scenario.groups])
     phase_names = [[plan.phase.name for plan in plans] for plans in resolved.plans]
@@ -190,6 +192,23 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
     }
     record.write_summary(summary)
     return summary
+
+
+def own_samples(scenario: Scenario) -> list[np.ndarray] | None:
+    """Per task, (n,) bool: samples of the new task, not rehearsed ones. None unless an online stream has one test group
+    per task."""
+    if not scenario.online or [group.task for group in scenario.groups] != list(range(len(scenario.tasks))):
+        return None
+    out = []
+    for task, group in zip(scenario.tasks, scenario.groups, strict=True):
+        if scenario.setting != "domain":
+            own = torch.isin(task.targets, task.classes)
+        elif task.domain is not None and group.domain is not None and len(group.domain):
+            own = task.domain == group.domain[0]
+        else:
+            own = torch.ones_like(task.rows, dtype=torch.bool)
+        out.append(own.numpy())
+    return out
 
 
 def weights_of(method: Method) -> dict[str, torch.Tensor]:

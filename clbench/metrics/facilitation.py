@@ -18,8 +18,8 @@ __all__ = ["Facilitation", "facilitation", "own_samples", "samples_to_reach", "s
 
 class Facilitation(NamedTuple):
     """slope: samples per task, of the least-squares line through samples to reach the level against the task's index;
-    below 0 each further task needs fewer. missing: tasks that never reached the level; they are not in the slope,
-    which is biased towards 0 or worse if there are many."""
+    below 0 each further task needs fewer. missing: tasks that never reached the level. They are not in the slope: with
+    some missing, read it with care, since it is then taken over the easy tasks."""
 
     slope: float
     missing: int
@@ -50,9 +50,9 @@ def own_samples(position: ArrayLike, own: Sequence[NDArray[np.bool_]], task: int
 def samples_to_reach_per_task(curve: Curve, own: Sequence[NDArray[np.bool_]], level: float) -> FloatArray:
     """(K,) samples of each task until the accuracy on its groups, pooled, was first at `level`; NaN where it never was.
 
-    Only evaluations inside the task's own stretch of the stream count (that before its first update included, at 0
-    samples), and those whose stream position is known. own: see `own_samples`; K arrays. Raises ValueError if there
-    are fewer than the tasks of the curve.
+    For online streams, whose positions move with every batch. Only evaluations inside the task's own stretch count
+    (the untrained state included, at 0 samples), and those whose stream position is known. own: see `own_samples`; K
+    arrays. Raises ValueError if there are fewer than the tasks of the curve.
     """
     if len(own) < curve.num_tasks:
         raise ValueError(f"the curve has {curve.num_tasks} tasks, but `own` has {len(own)}")
@@ -65,7 +65,9 @@ def samples_to_reach_per_task(curve: Curve, own: Sequence[NDArray[np.bool_]], le
         right = (curve.hits[inside][:, groups] * counted).sum(axis=1)
         accuracy = np.full(len(rows), np.nan)
         np.divide(right, rows, out=accuracy, where=rows > 0)
-        out[task] = samples_to_reach(own_samples(curve.position[inside], own, task), accuracy, level)
+        samples = own_samples(curve.position[inside], own, task)
+        samples[curve.steps[inside] == 0] = 0  # the untrained state is recorded at the end of the first batch
+        out[task] = samples_to_reach(samples, accuracy, level)
     return out
 
 

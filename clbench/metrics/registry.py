@@ -13,7 +13,7 @@ __all__ = ["Metric", "find_metric", "list_metrics"]
 
 @dataclass(frozen=True)
 class Metric:
-    """unit: `fraction` in [0, 1] (a difference of fractions may be negative), `steps`, or `count`.
+    """unit: `fraction` in [0, 1] (a difference of fractions may be negative), `steps`, `samples`, or `count`.
 
     sampling_error: whether `<key>_se` stands beside it, the standard error of its evaluation subset.
     main: whether it belongs in a table of main results.
@@ -24,7 +24,7 @@ class Metric:
     formula: str
     source: str
     higher_is_better: bool
-    unit: Literal["fraction", "steps", "count"] = "fraction"
+    unit: Literal["fraction", "steps", "samples", "count"] = "fraction"
     sampling_error: bool = False
     main: bool = False
 

@@ -1,16 +1,20 @@
 """All metrics of a run, under the keys of `summary.json` (see `registry.toml` for what each one is)."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from clbench.metrics import accuracy_matrix as matrix_metrics
 from clbench.metrics import online, stability
 from clbench.metrics.curve import Curve, FloatArray
+from clbench.metrics.facilitation import facilitation, samples_to_reach_per_task
 from clbench.metrics.registry import list_metrics
 
 __all__ = ["summarise"]
+
+FACILITATION_LEVEL = 0.8
 
 
 def summarise(
@@ -24,6 +28,7 @@ def summarise(
     curve: Curve | None = None,
     active: ArrayLike | None = None,
     sample_period: int | None = None,
+    own: Sequence[NDArray[np.bool_]] | None = None,
 ) -> dict[str, float | None]:
     """Return every metric of the registry, plus `<key>_se` where a sampling error belongs to it; None if undefined.
 
@@ -34,6 +39,7 @@ def summarise(
     active: (K, G) bool, groups that had begun to count after each task; None: those of the tasks so far.
     sample_period: samples between the evaluations of an online protocol that has them (Si-Blurry); a_auc is then the
         plain mean over those evaluations, and f_last is defined.
+    own: of an online stream, per task (n,) which of its samples belong to the new task and are not rehearsed.
     """
     pooled = sizes if setting == "class" else None
     out: dict[str, float | None] = {key: None for metric in list_metrics() for key in metric.keys}
@@ -57,6 +63,11 @@ def summarise(
         if sample_period is not None:
             points = online.official_points(curve.position, sample_period)
             out["a_auc"] = online.anytime_accuracy(curve.hits[points], curve.totals, curve.valid[points])
+        if own is not None:
+            needed = samples_to_reach_per_task(curve, own, FACILITATION_LEVEL)
+            out["facilitation_missing"] = float(np.isnan(needed).sum())
+            found = facilitation(needed)
+            out["facilitation_slope"] = None if found is None else found.slope
     return out
 
 

@@ -1,10 +1,11 @@
 """A picture of a scenario's stream: which classes come when, and what they are tested on.
 
-Left: classes downwards, stream position to the right, darker where a class makes up more of the stream. A class has the
-colour of the task that introduces it, so rehearsal and blurry boundaries show as old colours in later tasks. Right: for
-each test group the classes tested (coloured) among those that an answer may come from (grey). In the `domain` setting,
-where tasks share their classes, domains take the place of classes. Readable without colours: those of neighbouring
-tasks differ in lightness, and task switches are lines.
+Left: classes downwards (by label level, then by task, those of no single task last), stream position to the right,
+darker where a class makes up more of the stream. A class has the colour of the task that introduces it, so rehearsal
+shows as old colours in later tasks; blurry classes, of no single task, are grey. Right: for each test group the classes
+tested (coloured) among those that an answer may come from (light grey). In the `domain` setting, where tasks share
+their classes, domains take the place of classes. Readable without colours: those of neighbouring tasks differ in
+lightness, and task switches are lines.
 """
 
 import io
@@ -33,6 +34,7 @@ COLUMNS = 1600  # of the left panel's image, more than it has pixels
 MAX_BINS = 400  # parts of the stream; of some ten rows at least, so that they say something about shares
 MAX_NAMES = 40  # beyond so many classes their names cannot be read, and ids are shown
 LINE = "0.25"
+BLURRY = 0.35  # grey of classes that belong to no single task
 
 
 def draw(scenario: Scenario, path: Path) -> Path:
@@ -74,8 +76,10 @@ def picture(scenario: Scenario) -> "Figure":
     draw_band(band, scenario, colours)
     draw_groups(groups, scenario, lanes, colours)
     passes = "online, one pass" if scenario.online else f"{scenario.defaults.epochs} epochs per task, reshuffled"
+    datasets = scenario.datasets
+    named = " + ".join(datasets) if len(datasets) <= 3 else f"{len(datasets)} data sets"
     figure.suptitle(
-        f"{scenario.id}   {' + '.join(scenario.datasets)}: {scenario.num_classes} classes, {len(scenario.tasks)} "
+        f"{scenario.id}   {named}: {scenario.num_classes} classes, {len(scenario.tasks)} "
         f"tasks, {scenario.offsets[-1]:,} rows, {passes}; {scenario.setting}-incremental",
         fontsize=9,
         parse_math=False,
@@ -114,15 +118,21 @@ def lanes_of(scenario: Scenario) -> Picture:
             home[lanes.of_task[index].unique().numpy()] = index
         zeros = np.zeros(number, np.int64)
         return Picture("domain", lanes.names, np.arange(number), density, home, tested, tested, zeros)
-    rows = np.lexsort((np.arange(scenario.num_classes), scenario.classes.level.numpy()))
+    home = home_tasks(scenario)
+    blurry = np.zeros(scenario.num_classes, np.bool_)  # classes of no single task stand below the others
+    for group in scenario.groups:
+        if group.task is None and scenario.online:
+            blurry[np.unique(group.targets.numpy())] = True
+    rows = np.lexsort((np.arange(scenario.num_classes), home, blurry, scenario.classes.level.numpy()))
+    home[blurry] = -1
     density = class_rows(scenario, torch.from_numpy(edges)).numpy()[rows] / widths
     tested, allowed = (np.zeros((scenario.num_classes, len(scenario.groups)), np.bool_) for _ in range(2))
     for column, group in enumerate(scenario.groups):
         tested[np.unique(group.targets.numpy()), column] = True
         allowed[group.classes.numpy(), column] = True
     names = [scenario.classes.names[i] for i in rows.tolist()]
-    home, level = home_tasks(scenario)[rows], scenario.classes.level.numpy()[rows]
-    return Picture("class", names, rows, density, home, tested[rows], allowed[rows], level)
+    level = scenario.classes.level.numpy()[rows]
+    return Picture("class", names, rows, density, home[rows], tested[rows], allowed[rows], level)
 
 
 def draw_stream(axes: "Axes", scenario: Scenario, lanes: Picture, colours: Floats) -> None:
@@ -139,7 +149,7 @@ def draw_stream(axes: "Axes", scenario: Scenario, lanes: Picture, colours: Float
     strength = np.where(present, 0.15 + 0.85 * strength, 0)  # a single row still shows
     position = (np.arange(COLUMNS) + 0.5) * total / COLUMNS
     strength = strength[:, np.searchsorted(edges, position, side="right") - 1, None]
-    colour = colours[lanes.home][:, None]
+    colour = np.where(lanes.home[:, None] < 0, BLURRY, colours[lanes.home])[:, None]
     axes.imshow(
         1 - strength * (1 - colour), aspect="auto", interpolation="nearest", extent=(0, total, number - 0.5, -0.5)
     )
@@ -153,11 +163,15 @@ def draw_stream(axes: "Axes", scenario: Scenario, lanes: Picture, colours: Float
     if number <= MAX_NAMES:
         names = [name if len(name) <= 28 else name[:26] + "..." for name in lanes.names]
         axes.set_yticks(np.arange(number), names, fontsize=7, parse_math=False)
-        axes.set_ylabel(f"{lanes.kind}, in the order of its id", fontsize=8)
+        axes.set_ylabel(lanes.kind, fontsize=8)
+    elif len(scenario.datasets) > 1 and lanes.kind == "class":
+        middles = [np.flatnonzero(lanes.home == task).mean() for task in range(len(scenario.tasks))]
+        axes.set_yticks(middles, [task.name for task in scenario.tasks], fontsize=7, parse_math=False)
+        axes.set_ylabel("classes of each data set", fontsize=8)
     else:
         axes.set_ylabel(f"{lanes.kind} id", fontsize=8)
         step = 10 if number <= 200 else 50
-        ticks = np.arange(0, number, step)
+        ticks = np.arange(0, number, step)  # ids need not ascend: blurry classes come last
         axes.set_yticks(ticks, [str(lanes.ids[i]) for i in ticks], fontsize=7)
     axes.set_xlabel(f"stream position (training rows); the darker, the more of the {lanes.kind}", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
@@ -206,7 +220,7 @@ def draw_groups(axes: "Axes", scenario: Scenario, lanes: Picture, colours: Float
     image = np.ones((len(lanes.names), num_groups, 3))
     for column, group in enumerate(scenario.groups):
         image[lanes.allowed[:, column], column] = 0.92
-        image[lanes.tested[:, column], column] = 0.35 if group.task is None else colours[group.task]
+        image[lanes.tested[:, column], column] = BLURRY if group.task is None else colours[group.task]
     axes.imshow(
         image, aspect="auto", interpolation="nearest", extent=(-0.5, num_groups - 0.5, len(lanes.names) - 0.5, -0.5)
     )

@@ -46,10 +46,9 @@ def test_every_key_of_the_registry_is_there_and_no_other() -> None:
     assert without["min_accuracy"] is without["wf_10"] is None
     undefined = {key for key, value in with_curve.items() if value is None}
     assert undefined == {
-        "recovery_iterations",
-        "lca",
-        "f_last",
-    }  # does not recover; below 10 evaluations; not by samples
+        "recovery_iterations", "lca",  # it does not recover, and has fewer than 10 evaluations
+        "f_last", "facilitation_slope", "facilitation_missing",  # not of this protocol
+    }  # fmt: skip
     assert with_curve["recovery_missing"] == 1
     assert with_curve["min_accuracy"] == pytest.approx(0.2)
     assert with_curve["stability_gap"] == pytest.approx(0.7)

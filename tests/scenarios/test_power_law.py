@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from label_tables import balanced, tables
+from label_tables import balanced, make_table, tables
 
 from clbench.data.classes import LabelTable
 from clbench.errors import InputError
@@ -117,6 +117,9 @@ def test_streams_on_random_data(table: LabelTable, data: st.DataObject) -> None:
     )  # fmt: skip
     scenario = build([table], data.draw(st.integers(0, 20)), params)
     assert [check for check in check_scenario(scenario, [table]) if not check.ok] == []
+    home = {}
+    for index, task in enumerate(scenario.tasks if kind == "classes" else ()):
+        home |= {row: o for row, o in zip(task.rows.tolist(), owners(scenario, task), strict=True) if o == index}
     first = scenario.tasks[0]
     assert Counter(first.rows.tolist()) == dict.fromkeys(set(first.rows.tolist()), params.epochs)
     for index, task in enumerate(scenario.tasks):
@@ -129,10 +132,10 @@ def test_streams_on_random_data(table: LabelTable, data: st.DataObject) -> None:
         again = [pair for pair in zip(source, task.rows.tolist(), strict=True) if pair[0] != index]
         per_task = Counter(owner for owner, _ in again)
         for owner, count in per_task.items():
-            available = len(set(scenario.tasks[owner].rows.tolist())) if kind == "permuted" else None
+            its_own = {row for row in scenario.tasks[owner].rows.tolist() if kind == "permuted" or home[row] == owner}
             times = Counter(row for o, row in again if o == owner)
-            if available is not None:
-                assert max(times.values()) - (min(times.values()) if len(times) == available else 0) <= 1, count
+            assert set(times) <= its_own, "from the training set of its task"
+            assert max(times.values()) - (min(times.values()) if len(times) == len(its_own) else 0) <= 1, count
 
 
 def owners(scenario, task) -> list[int]:
@@ -148,6 +151,62 @@ def test_shapes_differ_in_shape_only(rehearsed: float, tasks: int) -> None:
     }
     assert totals["power"] == totals["exponential"] == totals["uniform"] == totals["random"]
     assert totals["none"] == [400] * tasks
+
+
+@given(st.floats(0, 3), st.integers(2, 7), st.booleans())
+def test_natural_budget_in_the_stream(exponent: float, tasks: int, mixed: bool) -> None:
+    """floor(n (1 + lag)^-a) of every earlier task; more in total with every task, but never more of one than before."""
+    params = Params(
+        tasks=tasks, budget="natural", exponent=exponent, variant="mixed" if mixed else "after", rehearsed=9.0
+    )
+    scenario = build([TABLE], 1, params)
+    for index, task in enumerate(scenario.tasks):
+        counts = np.bincount(task.domain.numpy(), minlength=tasks)
+        expected = [int(400 * (1 + index - j) ** -exponent + 1e-9) for j in range(index)]
+        assert counts.tolist() == [*expected, 400, *[0] * (tasks - index - 1)]
+    sizes = [len(task.rows) for task in scenario.tasks]
+    assert sizes == sorted(sizes)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_rehearsal_comes_once() -> None:
+    scenario = build([TABLE], 0, Params(tasks=2, epochs=3, rehearsed=0.25))
+    for index, task in enumerate(scenario.tasks):
+        passes = task.rows[:1200].reshape(3, 400)
+        assert all(sorted(one.tolist()) == list(range(400)) for one in passes)
+        assert len({tuple(one.tolist()) for one in passes}) == 3
+        assert len(task.rows) == 1200 + 100 * index, "a share of the new task's rows, whatever the epochs"
+
+
+def test_mixed_is_the_same_rows_as_after_in_another_order() -> None:
+    after, mixed = (build([TABLE], 2, Params(tasks=3, variant=variant)).tasks[2] for variant in ("after", "mixed"))
+    pairs = [sorted(zip(t.domain.tolist(), t.rows.tolist(), strict=True)) for t in (after, mixed)]
+    assert pairs[0] == pairs[1]
+    assert (after.domain[:400] == 2).all()
+    assert (after.domain[400:] < 2).all()
+    old = (mixed.domain < 2).nonzero()[:, 0].float()
+    assert 150 < old.mean() < 350, "rehearsed rows lie all over the task"
+
+
+def test_a_refreshed_task_is_met_again_only_if_it_was_rehearsed() -> None:
+    """Blocks of 40, 40, 2 and 60 rows, half as many rehearsed: task 2 has one row for two tasks at lag 1."""
+    table = make_table("uneven", np.repeat(np.arange(4), [40, 40, 2, 60]), range(4), 4)
+
+    def rehearsed(refresh: bool) -> list[list[int]]:
+        params = Params(kind="classes", tasks=4, rehearsed=0.5, refresh=refresh)
+        tasks = build([table], 0, params).tasks
+        return [np.bincount(task.targets[task.targets < t], minlength=t).tolist() for t, task in enumerate(tasks)][1:]
+
+    assert rehearsed(False) == [[20], [0, 1], [6, 8, 16]], "lags 3, 2, 1: 30 rows in 2 : 3 : 6, 5.45, 8.18, 16.36"
+    # at lag 1 both, the tie goes to the first; the other one, not met, has lag 2 at task 3
+    assert rehearsed(True) == [[20], [1, 0], [12, 6, 12]], "lags 1, 2, 1: 30 rows in 2 : 1 : 2"
+
+
+def test_validation_rows_of_blocks() -> None:
+    scenario = build([TABLE], 0, Params(kind="classes", tasks=5, val_share=0.1, per_class=20, rehearsed=1.0))
+    val = torch.cat([task.val[0] for task in scenario.tasks])
+    assert [len(task.val[0]) for task in scenario.tasks] == [4] * 5
+    assert [len(task.rows) for task in scenario.tasks] == [36, 72, 72, 72, 72]
+    assert not torch.isin(val, torch.cat([task.rows for task in scenario.tasks])).any(), "nor rehearsed"
 
 
 def test_first_task_may_be_plain() -> None:

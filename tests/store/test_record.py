@@ -86,7 +86,7 @@ def test_a_record_of_schema_version_1_is_read(tmp_path: Path) -> None:
     table = pq.read_table(record.path / "curve.parquet")
     pq.write_table(table.drop_columns("position"), record.path / "curve.parquet")
     content = json.loads((record.path / "summary.json").read_text())
-    for key in ("f_last", "memory_per_task", "levels"):
+    for key in ("f_last", "facilitation_slope", "facilitation_missing", "memory_per_task", "levels"):
         del content[key]
     (record.path / "summary.json").write_text(json.dumps({**content, "schema_version": 1}))
     assert same(record.read_curve(), curve())
