@@ -9,14 +9,14 @@ import clbench
 ROOT = Path(clbench.__file__).parent
 ORDER = [
     "errors", "atomic", "rng", "params", "data", "scenarios", "stream", "backbones", "memory", "methods", "evaluator",
-    "metrics", "store", "learner", "report", "doctor", "api", "cli",
+    "metrics", "store", "learner", "report", "interop", "protocol", "doctor", "api", "cli",
 ]  # fmt: skip
 ENGINE = {
     "torch", "numpy", "pandas", "pyarrow", "timm", "pydantic", "PIL", "safetensors",
-    # lazily, inside one function each: the digits, the download of standard files
-    "sklearn", "torchvision", "huggingface_hub",
+    # lazily, inside one function each: the digits, the download of standard files, the exchange with Avalanche
+    "sklearn", "torchvision", "huggingface_hub", "avalanche",
 }  # fmt: skip
-SHOWN = {"report", "doctor", "api", "cli"}
+SHOWN = {"report", "protocol", "doctor", "api", "cli"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -83,7 +83,7 @@ def test_engine_needs_few_packages() -> None:
 
 
 def test_heavy_packages_are_imported_late() -> None:
-    heavy = {"torchvision", "sklearn", "matplotlib", "mlflow", "huggingface_hub", "rich"}
+    heavy = {"torchvision", "sklearn", "matplotlib", "mlflow", "huggingface_hub", "rich", "avalanche"}
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in files()

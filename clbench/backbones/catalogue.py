@@ -57,6 +57,20 @@ EMBEDDED: Mapping[str, Embedded] = {
         source="clbench; block as in timm's VisionTransformer, width and heads as DeiT-Ti, 6 blocks",
         options={"patch": 4, "width": 192, "depth": 6, "heads": 3},
     ),
+    "mnistlike": Embedded(
+        title="SHARP's network for MNIST and the like: two convolutions, two linear layers",
+        features="500",
+        parameters="765,768 (645,480 for 1 x 28 x 28)",
+        source="sharp card, section 1 (MNISTLIKE)",
+        options={"width": 500},
+    ),
+    "vgg-small": Embedded(
+        title="SHARP's network for CIFAR: seven convolutions, two linear layers",
+        features="1024",
+        parameters="3,629,376",
+        source="sharp card, section 1 (VGG_Small; width=2048: VGG_Small_Double)",
+        options={"width": 1024},
+    ),
 }
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.backbones.catalogue import EMBEDDED
+from clbench.backbones.sharp_networks import mnistlike, vgg_small
 from clbench.errors import InputError, unknown_name
 
 __all__ = ["BasicBlock", "SmallResNet18", "make_embedded"]
@@ -38,6 +39,10 @@ def make_embedded(name: str, in_shape: Shape, options: Mapping[str, object]) -> 
         return mlp(in_shape, **numbers)
     if name == "vit-tiny-32":
         return vision_transformer(in_shape, **numbers)
+    if name == "mnistlike":
+        return mnistlike(in_shape, **numbers)
+    if name == "vgg-small":
+        return vgg_small(in_shape, **numbers)
     return SmallResNet18(in_shape[0], numbers["nf"], words["pool"])
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from clbench.errors import unknown_name
+from clbench.errors import InputError, unknown_name
 
 __all__ = ["Dataset", "Download", "KnownFile", "catalogue", "dataset", "list_datasets", "normalisation"]
 
@@ -39,13 +39,14 @@ class Dataset:
     title: str
     rows: tuple[int, int]
     num_classes: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     licence: str
     source: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     images_of: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
+    layout: str = ""
     class_names: tuple[str, ...] = ()
     coarse: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows_per_class: tuple[int, int] | None = None
@@ -124,4 +125,8 @@ def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if name not in catalogue():
         raise unknown_name("normalisation", name, [*common, *catalogue()])
     entry = catalogue()[name]
+    if not entry.mean:
+        raise InputError(
+            f"the mean and deviation of {name} are not published; use normalize(imagenet), normalize(clip), or numbers"
+        )
     return entry.mean, entry.std

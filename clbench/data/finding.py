@@ -16,7 +16,12 @@ __all__ = ["Found", "Missing", "check_sums", "counts", "find", "search_folders"]
 
 
 class Missing(InputError):
-    """A known data set that is nowhere."""
+    """A known data set that is nowhere. name: what it is called. files: what belongs into a data folder, in words, and
+    what was found there in its place."""
+
+    def __init__(self, message: str, name: str = "", files: str = "") -> None:
+        super().__init__(message)
+        self.name, self.files = name, files
 
 
 class Found(NamedTuple):
@@ -121,13 +126,17 @@ def missing(entry: Dataset, folders: Sequence[Path], others: Sequence[str]) -> M
     importing = f"`clbench data import PATH --name {entry.name}`"
     if entry.download:
         to = f"{entry.download.to}/" if entry.download.to else ""
-        files = ", ".join(f"{to}{name}" for name in entry.archives)
-        how = f"put {files} (or {shards}) into {where}; or run `clbench data fetch {entry.name}` or {importing}"
+        files = f"{', '.join(f'{to}{name}' for name in entry.archives)} (or {shards})"
+        how = f"put {files} into {where}; or run `clbench data fetch {entry.name}` or {importing}"
     else:
-        standard = "".join(f"the folder {place}, or " for place in entry.places)
-        how = f"put {standard}{shards} into {where}, or run {importing}"
+        if entry.layout:
+            home = entry.places[0] if entry.places else entry.name
+            files = f"the folder {home} (holding {entry.layout}), or {shards}"
+        else:
+            files = "".join(f"the folder {place}, or " for place in entry.places) + shards
+        how = f"put {files} into {where}, or run {importing}"
     seen = f"; {'; '.join(others)}" if others else ""
-    return Missing(f"dataset {entry.name} is not on this machine: {how}{seen}")
+    return Missing(f"dataset {entry.name} is not on this machine: {how}{seen}", entry.name, files + seen)
 
 
 def check_sums(entry: Dataset, source: Source, inspection: Inspection) -> None:

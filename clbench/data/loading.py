@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from clbench.data.cache import Entry, cache_folder, find_imported, inspect, open_entry, write_entry
 from clbench.data.catalogue import Dataset, catalogue
 from clbench.data.classes import TEST, TRAIN, ClassTable
-from clbench.data.finding import Found, Missing, counts, find
+from clbench.data.finding import Found, Missing, counts, find, search_folders
 from clbench.data.sources import Decoded, Source, detect, module
 from clbench.data.store import ImageStore
 from clbench.errors import InputError, unknown_name
@@ -75,19 +75,24 @@ def load_all(
     size: int | None = None,
     scenario: str = "",
 ) -> list[ImageStore]:
-    """`load` for every data set of a scenario. If several are missing, one InputError names them all."""
-    stores, absent = [], []
-    for name in names:
+    """`load` for every data set of a scenario. If several are missing, one InputError names them all, before any of the
+    others is decoded."""
+    absent: list[Missing] = []
+    for name in names if len(names) > 1 else ():
         try:
-            stores.append(load(name, roots=roots, order=order, size=size))
+            if name in catalogue() and find_imported(name) is None:
+                find(name, roots)
         except Missing as error:
-            absent.append(str(error))
-    if len(absent) > 1:
-        listed = "".join(f"\n  - {text}" for text in absent)
-        raise Missing(f"scenario {scenario} needs {len(absent)} data sets that are not on this machine:{listed}")
+            absent.append(error)
+    if len(absent) == 1:
+        raise absent[0]
     if absent:
-        raise Missing(absent[0])
-    return stores
+        listed = "".join(f"\n  {error.name}: {error.files}" for error in absent)
+        raise Missing(
+            f"scenario {scenario} needs {len(absent)} data sets that are not on this machine; put each into "
+            f"{' or '.join(map(str, search_folders(roots)))}, or run `clbench data import PATH --name NAME`:{listed}"
+        )
+    return [load(name, roots=roots, order=order, size=size) for name in names]
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -126,7 +131,8 @@ def build(folder: Path, found: Found, decoded: Decoded, order: str, size: int | 
     columns: dict[str, NDArray[Any]] = {"labels": decoded.labels[rows], "split": split[rows]}
     if decoded.groups is not None:
         columns["groups"] = decoded.groups[rows]
-    mean, std = measure(decoded.images[split == TRAIN]) if found.entry is None else ((), ())
+    known = found.entry is not None and found.entry.mean
+    mean, std = ((), ()) if known else measure(decoded.images[split == TRAIN])
     facts = {
         "name": found.name,
         "classes": classes,
@@ -189,6 +195,7 @@ def check_known(entry: Dataset, source: Source, decoded: Decoded, size: int | No
     """Raise InputError unless the row counts, classes and image shape are those of the known data set."""
     problem = ""
     shape = entry.shape if size is None else (entry.shape[0], size, size)
+    shape = decoded.images.shape[1:] if len(shape) == 1 else shape  # images of many sizes, which happen to be of one
     split = decoded.split
     if split is None:
         problem = "" if entry.embedded else "it is not split into training and test rows"
@@ -273,7 +280,7 @@ def as_store(name: str, known: Dataset | None, entry: Entry) -> ImageStore:
         fingerprint=manifest["fingerprint"],
         groups=None if entry.groups is None else torch.from_numpy(entry.groups),
         group_names=tuple(manifest["group_names"]),
-        mean=known.mean if known is not None else tuple(manifest["mean"]),
-        std=known.std if known is not None else tuple(manifest["std"]),
+        mean=known.mean if known is not None and known.mean else tuple(manifest["mean"]),
+        std=known.std if known is not None and known.std else tuple(manifest["std"]),
         images_of=known.images_of if known is not None else (),
     )

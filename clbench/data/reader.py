@@ -107,7 +107,7 @@ CHANGES = {"permutation": permute, "rotation": rotate, "overlay": overlay}
 
 
 def checked(domains: Domains, store: ImageStore) -> Domains:
-    """`domains`, if its table fits the store's images; InputError otherwise."""
+    """`domains`, if its table fits the store's images and holds what its kind says; InputError otherwise."""
     if domains.kind not in CHANGES:
         raise unknown_name("kind of domain", domains.kind, list(CHANGES))
     wanted = 1 if domains.kind == "rotation" else store.image_shape[1] * store.image_shape[2]
@@ -116,4 +116,9 @@ def checked(domains: Domains, store: ImageStore) -> Domains:
             f"the scenario changes images of {domains.table.shape[-1]} pixels, but those of {store.name} have "
             f"{wanted}: build it for this data set"
         )
+    if domains.table.dtype != torch.int64:
+        raise InputError(f"the scenario's table of domains must be int64, not {domains.table.dtype}")
+    low, high = {"permutation": (0, wanted - 1), "overlay": (-1, 255)}.get(domains.kind, (None, None))
+    if low is not None and not bool(((domains.table >= low) & (domains.table <= high)).all()):
+        raise InputError(f"the scenario's {domains.kind} table must hold numbers from {low} to {high} only")
     return domains

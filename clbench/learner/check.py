@@ -23,6 +23,7 @@ __all__ = ["Check", "check_method"]
 
 KNOWN_SETTINGS = {"class", "task", "domain"}
 MASKS = {"seen", "all", "task"}
+NARROW = {"reduced-resnet18": {"nf": 4}}  # options of the small backbones, since no accuracy is asked for
 
 
 class Check(NamedTuple):
@@ -48,7 +49,8 @@ def check_method(name: str, hyperparameters: Mapping[str, Any] | None = None) ->
         device="cpu",
         train_view="",
         test_view="",
-        backbone=None if found.cls.frozen_backbone is True else "mlp",
+        backbone=None if found.cls.frozen_backbone is True else found.cls.small_backbone,
+        backbone_options=NARROW.get(found.cls.small_backbone, {}),
     )
     checks: list[tuple[str, Callable[[RunSpec], str]]] = [
         ("declares its hyperparameters and settings", declared),

@@ -262,7 +262,7 @@ def backbone_choice(
         channels, height, width = store.image_shape
         small = channels == 1 and height * width <= 28 * 28
         frozen = found.cls.frozen_backbone is True
-        default = ("flatten" if frozen else "mlp") if small else "reduced-resnet18"
+        default = ("flatten" if frozen else found.cls.small_backbone) if small else "reduced-resnet18"
         name = Choice(default, "default for images of this size")
         options = Choice(dict(spec.backbone_options), "--backbone-set")
     return name, options, "--weights" if spec.weights else "backbone"

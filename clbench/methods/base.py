@@ -127,12 +127,14 @@ class Method:
     mask: what predictions are taken over: `seen` classes, `all`, or those of the `task`.
     view: what the evaluator reads images through; `features` for cached features of a frozen backbone.
     frozen_backbone: True if the method never changes the backbone, so that its features may be cached.
+    small_backbone: built-in backbone for images up to 28 px where the user names none (and for `clbench check`).
     """
 
     Config: ClassVar[type] = NoConfig
     settings: ClassVar[frozenset[str]] = frozenset({"class", "task", "domain"})
     mask: ClassVar[Literal["seen", "all", "task"]] = "seen"
     aliases: ClassVar[tuple[str, ...]] = ()
+    small_backbone: ClassVar[str] = "mlp"
     view: str = "test"
     frozen_backbone: bool = False
 

@@ -45,6 +45,7 @@ class Params:
     row_order: Literal["canonical", "source"] = param(
         "canonical", "rows numbered by their content (the same from every source), or as the data's source has them"
     )
+    size: int | None = param(None, "side in pixels that all images are resized to, once; for data of many sizes", low=1)
     per_class: int | None = param(None, "at most so many training rows per class, validation included", low=1)
     val_share: float = param(0.0, "share of each class's training rows kept out for validation", low=0, below=1)
     subset_seed: int = param(0, "draws the rows of per_class and val_share, whatever the order seed", low=0)

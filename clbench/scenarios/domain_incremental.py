@@ -22,6 +22,7 @@ from clbench.scenarios.rows import Ints, choose_rows, labels_at, require_rows, t
 __all__ = ["Params", "build"]
 
 DEFAULTS = StreamDefaults()
+TASKS = 5  # where the number of tasks is not given
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,20 @@ class Params:
     kind: Literal["source", "permuted", "rotated"] = param(
         "permuted", "source: the data's own domains; permuted: pixels; rotated: the whole image"
     )
-    tasks: int = param(5, "permuted and rotated: number of tasks", low=1)
+    tasks: int | None = param(None, "permuted and rotated: number of tasks (5)", low=1, replaces=("angles",))
     first_plain: bool = param(True, "permuted: the first task shows the images as they are")
-    degrees: int = param(9, "rotated: angle between two tasks, anticlockwise", low=-359, high=359)
+    degrees: int = param(9, "rotated: angle between two tasks, anticlockwise", low=-359, high=359, replaces=("angles",))
+    angles: tuple[int, ...] | None = param(
+        None, "rotated: the angle of each task, in place of tasks and degrees", replaces=("tasks", "degrees")
+    )
     order: Literal["natural", "seeded"] | tuple[str, ...] = param(
         "natural", "source: domains as in the data, in an order drawn from the order seed, or a list of their names"
     )
     online: bool = param(False, "one pass over the rows as listed, in place of reshuffled epochs")
+    row_order: Literal["canonical", "source"] = param(
+        "canonical", "rows numbered by their content (the same from every source), or as the data's source has them"
+    )
+    size: int | None = param(None, "side in pixels that all images are resized to, once; for data of many sizes", low=1)
     pixels: int | None = param(None, "height x width of the images, for data sets outside the catalogue", low=1)
     per_class: int | None = param(None, "at most so many training rows per class (and domain)", low=1)
     val_share: float = param(0.0, "source: share of training rows kept out for validation", low=0, below=1)
@@ -58,8 +66,7 @@ def build(
     table = tables[0]
     where = f"{id} on {table.dataset}"
     labels, names = labels_at(table, None, where)
-    if params.kind != "source" and params.val_share > 0:
-        raise InputError(f"{where}: validation rows can't be kept per {params.kind} domain; leave val_share out")
+    require_fitting(params, where)
     split = table.split.numpy()
     members = domains_of(table, seed, params, where)
     changed = params.kind != "source"
@@ -106,10 +113,31 @@ def build(
     )
 
 
+def require_fitting(params: Params, where: str) -> None:
+    """Raise InputError for a parameter that belongs to another kind of domains and would do nothing."""
+    if params.kind == "source" and params.tasks is not None:
+        raise InputError(f"{where}: kind=source has a task per domain; give tasks=none, and choose domains with order=")
+    if params.kind != "source" and params.order != "natural":
+        raise InputError(f"{where}: order is one of the data's own domains; leave it out, or give kind=source")
+    if params.kind != "rotated" and params.angles is not None:
+        raise InputError(f"{where}: angles are for kind=rotated, not for kind={params.kind}; leave them out")
+    if params.angles is not None and params.tasks is not None:
+        raise InputError(f"{where}: give either tasks (with degrees) or angles, not both")
+    if params.angles == ():
+        raise InputError(f"{where}: angles is an empty list; give one angle per task")
+    if params.kind != "source" and params.val_share > 0:
+        raise InputError(f"{where}: validation rows can't be kept per {params.kind} domain; leave val_share out")
+
+
+def num_tasks(params: Params) -> int:
+    """Tasks where images are changed."""
+    return len(params.angles) if params.angles is not None else TASKS if params.tasks is None else params.tasks
+
+
 def domains_of(table: LabelTable, seed: int, params: Params, where: str) -> list[tuple[str, np.ndarray]]:
     """Name of each task, and (N,) whether a row belongs to it."""
     if params.kind != "source":
-        return [(f"task {index}", np.ones(len(table.labels), np.bool_)) for index in range(params.tasks)]
+        return [(f"task {index}", np.ones(len(table.labels), np.bool_)) for index in range(num_tasks(params))]
     known = list(table.group_names)
     if table.groups is None or not known:
         raise InputError(f"{where}: these data have no domains of their own; use kind=permuted or kind=rotated")
@@ -125,17 +153,23 @@ def domains_of(table: LabelTable, seed: int, params: Params, where: str) -> list
     if len(set(names)) < len(names) or not names:
         raise InputError(f"{where}: order must name each domain once at most, and one at least")
     groups = table.groups.numpy()
-    return [(name, groups == known.index(name)) for name in names]
+    found = [(name, groups == known.index(name)) for name in names]
+    for name, inside in found:
+        if not inside.any():
+            raise InputError(f"{where}: domain {name!r} has no rows; complete the data, or leave it out with order=")
+    return found
 
 
 def changes(table: LabelTable, seed: int, params: Params, where: str) -> Domains | None:
     """How the images of each task are changed; None for the data's own domains."""
     if params.kind == "source":
         return None
+    number = num_tasks(params)
     if params.kind == "rotated":
-        return Domains("rotation", (torch.arange(params.tasks) * params.degrees % 360)[:, None])
-    size = num_pixels(table, params.pixels, where)
-    found: list[Ints] = [frozen_random(seed, "pixels", index).permutation(size) for index in range(params.tasks)]
+        angles = params.angles if params.angles is not None else [i * params.degrees for i in range(number)]
+        return Domains("rotation", (torch.tensor(angles) % 360)[:, None])
+    size = num_pixels(table, params.pixels if params.size is None else params.size**2, where)
+    found: list[Ints] = [frozen_random(seed, "pixels", index).permutation(size) for index in range(number)]
     if params.first_plain:
         found[0] = np.arange(size)
     return Domains("permutation", tensor(np.stack(found)))

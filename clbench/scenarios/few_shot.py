@@ -38,6 +38,13 @@ class Params:
     per_category: int = param(5, "instance: images of one category", low=1)
     corruption: Literal["none", "noise", "occlusion"] = param("none", "instance: how queries are changed")
     level: float = param(0.3, "instance: part of the pixels that are changed or covered", low=0, high=1)
+    setting: Literal["class", "task"] = param(
+        "class", "answers from all classes, or from those of the query's support set (task)"
+    )
+    row_order: Literal["canonical", "source"] = param(
+        "canonical", "rows numbered by their content (the same from every source), or as the data's source has them"
+    )
+    size: int | None = param(None, "side in pixels that all images are resized to, once; for data of many sizes", low=1)
     pixels: int | None = param(None, "height x width of the images, for data sets outside the catalogue", low=1)
 
 
@@ -62,6 +69,13 @@ def build(
         raise InputError(
             f"{where}: support_sets={params.support_sets} is no multiple of class_change={params.class_change}"
         )
+    if params.setting == "task" and params.class_change > 1:
+        raise InputError(
+            f"{where}: setting=task needs class_change=1, so that a class belongs to one support set, not "
+            f"class_change={params.class_change}"
+        )
+    if params.corruption != "none" and not params.instance:
+        raise InputError(f"{where}: corruption={params.corruption} is for the instance test; add instance=true")
     num_classes = params.support_sets // params.class_change * params.classes
     labels, names = labels_at(table, None, where)
     split = table.split.numpy()
@@ -101,7 +115,7 @@ def build(
                 name=f"classes {block[0]} to {block[-1]}",
                 rows=tensor(np.concatenate([tests[c] for c in block])),
                 targets=tensor(targets),
-                classes=torch.arange(num_classes),
+                classes=tensor(np.array(block)) if params.setting == "task" else torch.arange(num_classes),
                 task=block_index * params.class_change,
                 domain=tensor(targets) if domains is not None else None,
             )
@@ -111,7 +125,7 @@ def build(
     return Scenario(
         id=id,
         datasets=(table.dataset,),
-        setting="class",
+        setting=params.setting,
         tasks=tuple(tasks),
         groups=tuple(groups),
         classes=ClassTable(tuple(names), torch.zeros(num_classes, dtype=torch.int64), torch.full((num_classes,), -1)),
@@ -172,7 +186,7 @@ def corruption(table: LabelTable, num_classes: int, seed: int, params: Params, w
     """An overlay per query: noise on a part of its pixels, or a square that covers that part of the image."""
     if params.corruption == "none":
         return None
-    size = num_pixels(table, params.pixels, where)
+    size = num_pixels(table, params.pixels if params.size is None else params.size**2, where)
     side = round(size**0.5)
     overlay = np.full((num_classes, size), -1, np.int64)
     for index in range(num_classes):

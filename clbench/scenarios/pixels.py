@@ -12,7 +12,7 @@ def num_pixels(table: LabelTable, given: int | None, where: str) -> int:
     if given is not None:
         return given
     known = catalogue().get(table.dataset)
-    if known is None:
+    if known is None or len(known.shape) == 1:
         raise InputError(
             f"{where}: the size of its images is not known to the catalogue; give pixels=HEIGHT*WIDTH as one number"
         )

@@ -31,6 +31,22 @@ __all__ = ["Preset", "build", "find", "list_scenarios"]
 ID = re.compile(r"[a-z0-9][a-z0-9-]*@[1-9][0-9]*")
 
 
+def read_score(value: Any, where: str) -> str:
+    if value not in ("test", "validation"):
+        raise unknown_name(f"value of score of {where}", str(value), ("test", "validation"))
+    return str(value)
+
+
+def read_first_tasks(value: Any, where: str) -> int:
+    num: int = parameters.read(int, value, f"{where}: first_tasks")
+    return num
+
+
+# parameters of every scenario: what is done to its tables once they are built (see `derive.py`)
+#   score=validation: groups ask for validation rows in place of test rows.  first_tasks=K: only the first K tasks
+DERIVED = {"score": read_score, "first_tasks": read_first_tasks}
+
+
 @dataclass(frozen=True)
 class NoParams:
     """For scenarios without parameters."""
@@ -42,6 +58,7 @@ class Preset:
 
     module: holds `build`. path: a user's file, or None. changed: what `with_params` changed, as values; a table with
     changes is another table under the same id, so whoever compares results shows and compares them too.
+    derived: what is done to the built tables, see `DERIVED`.
     """
 
     id: str
@@ -53,6 +70,7 @@ class Preset:
     module: ModuleType = field(repr=False, compare=False)
     path: Path | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
+    derived: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -77,7 +95,8 @@ class Preset:
     def with_params(self, given: Mapping[str, Any]) -> "Preset":
         """Return this recipe with other parameters, which may be text from a command line.
 
-        `dataset` replaces the data set by another one's name or path; several are separated by commas.
+        `dataset` replaces the data set by another one's name or path; several are separated by commas. Every scenario
+        also has the parameters of `DERIVED`, unless its builder has one of that name.
         Raises InputError for an unknown name, a wrong type or a value out of range.
         """
         where = f"scenario {self.id}"
@@ -86,12 +105,15 @@ class Preset:
             datasets = dataset_names(given.pop("dataset"), len(datasets), where)
         for name in given.keys() & {item.name for item in fields(self.defaults)}:
             raise InputError(f"{where}: {name} is no parameter of its tables; give it as an option of the run")
+        own = vars(self.params)
+        derived = {name: read(given.pop(name), where) for name, read in DERIVED.items() if name in given.keys() - own}
         params = parameters.change(self.params, given, where)
         old, new = vars(self.params), vars(params)
         changed = {**self.changed, **{name: new[name] for name in new if new[name] != old[name]}}
         if datasets != self.datasets:
             changed["dataset"] = ",".join(datasets)
-        return replace(self, datasets=datasets, params=params, changed=changed)
+        changed |= derived
+        return replace(self, datasets=datasets, params=params, changed=changed, derived={**self.derived, **derived})
 
     def param_table(self) -> list[dict[str, Any]]:
         """One row per parameter: name, type, value, default, help."""
@@ -161,6 +183,13 @@ def build(preset: Preset, tables: Sequence["LabelTable"], order_seed: int) -> "S
         raise error_in_file(preset.path, error, "while the scenario was built") from error
     if not isinstance(scenario, Scenario):
         raise InputError(f"scenario {preset.id}: build must return a Scenario, not {type(scenario).__name__}")
+    if preset.derived:
+        from clbench.scenarios import derive
+
+        if (num := preset.derived.get("first_tasks")) is not None:
+            scenario = derive.first_tasks(scenario, num)
+        if preset.derived.get("score") == "validation":
+            scenario = derive.score_on_validation(scenario)
     return scenario
 
 

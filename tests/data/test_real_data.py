@@ -81,17 +81,19 @@ def test_cifar100_reads_in_microseconds() -> None:
 def test_every_pack_loads(name: str) -> None:
     present(name)
     try:
-        store = load(name)
+        entry = catalogue()[name]
+        store = load(name, size=None if len(entry.shape) == 3 else 32)
     except InputError as error:
         if "is not on this machine" in str(error):
             pytest.skip(str(error))
         raise
-    entry = catalogue()[name]
     assert store.name == name
-    assert store.image_shape == entry.shape
+    assert store.image_shape == (entry.shape if len(entry.shape) == 3 else (3, 32, 32))
     assert tuple(torch.bincount(store.split).tolist()) == entry.rows
     assert len(torch.unique(store.labels)) == entry.num_classes
     assert int((store.classes.level == store.classes.num_levels - 1).sum()) == entry.num_classes
+    if not entry.mean:
+        return
     train = store.images[store.split == TRAIN].float() / 255
     close = 0.012 if entry.subset_of else 0.002  # a subset has the statistics of its full set
     assert train.mean((0, 2, 3)).tolist() == pytest.approx(entry.mean, abs=close)

@@ -63,11 +63,21 @@ def test_permutations_differ_and_the_first_is_plain() -> None:
 
 def test_rotations() -> None:
     assert build([DIGITS], 0, Params(kind="rotated", tasks=20)).domains.table[:, 0].tolist() == list(range(0, 180, 9))
-    assert build([DIGITS], 0, Params(kind="rotated", tasks=3, degrees=-90)).domains.table[:, 0].tolist() == [
-        0,
-        270,
-        180,
-    ]
+    back = build([DIGITS], 0, Params(kind="rotated", tasks=3, degrees=-90))
+    assert back.domains.table[:, 0].tolist() == [0, 270, 180]
+    listed = build([DIGITS], 0, Params(kind="rotated", angles=(0, 7, -90, 400)))
+    assert listed.domains.table[:, 0].tolist() == [0, 7, 270, 40]
+    assert len(listed.tasks) == len(listed.groups) == 4
+    given_ = find("rotated-digits").with_params({"angles": "0,45,90"})
+    assert build_preset(given_, [DIGITS], 0).domains.table[:, 0].tolist() == [0, 45, 90]
+    assert len(build_preset(given_.with_params({"tasks": "2"}), [DIGITS], 0).tasks) == 2
+
+
+def test_a_permutation_needs_the_size_of_the_images() -> None:
+    mine = balanced("mine", 20, 4, 2)
+    assert build([mine], 0, Params(size=6)).domains.table.shape == (5, 36)
+    assert build([mine], 0, Params(pixels=35)).domains.table.shape == (5, 35)
+    assert build([mine], 0, Params(kind="rotated")).domains.table.shape == (5, 1), "a rotation does not"
 
 
 def test_validation_rows_stay_inside_their_domain() -> None:
@@ -86,6 +96,19 @@ def test_validation_rows_stay_inside_their_domain() -> None:
         (real_layout("pacs"), Params(kind="source", order=("photo", "photo")), "each domain once"),
         (balanced("mine", 20, 4, 2), Params(), "give pixels="),
         (DIGITS, Params(val_share=0.1), "leave val_share out"),
+        (real_layout("pacs"), Params(kind="source", tasks=2), "a task per domain; give tasks=none"),
+        (DIGITS, Params(order=("photo",)), "order is one of the data's own domains"),
+        (DIGITS, Params(order="seeded"), "order is one of the data's own domains"),
+        (DIGITS, Params(angles=(0, 9)), "angles are for kind=rotated, not for kind=permuted"),
+        (DIGITS, Params(kind="rotated", angles=()), "angles is an empty list"),
+        (DIGITS, Params(kind="rotated", angles=(1, 2), tasks=2), "either tasks .* or angles, not both"),
+        (
+            with_domains(balanced("three", 60, 12, 2))._replace(
+                group_names=("domain 0", "domain 1", "domain 2", "lost")
+            ),
+            Params(kind="source"),
+            "domain 'lost' has no rows; complete the data",
+        ),
         (
             with_domains(make_table("gap", [0, 0, 0, 1, 1], [0, 1], 2)),
             Params(kind="source"),

@@ -52,6 +52,25 @@ def test_targets_do_not_depend_on_the_shots() -> None:
     assert {len(g.rows) for g in few.groups} == {8}
 
 
+def test_targets_do_not_depend_on_the_support_sets() -> None:
+    """All ten digits, in sets of one, two or five: the same target set, asked for in other groups."""
+    shapes = [Params(10, 1, 1, targets=3), Params(5, 1, 2, shots=4, targets=3), Params(4, 2, 5, targets=3)]
+    found = []
+    for params in shapes:
+        groups = build([TABLE], 3, params).groups
+        found.append(sorted(row for group in groups for row in group.rows.tolist()))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 30
+
+
+def test_task_incremental_episodes() -> None:
+    scenario = build([TABLE], 0, Params(support_sets=5, classes=2, setting="task"))
+    assert scenario.setting == "task"
+    assert [group.classes.tolist() for group in scenario.groups] == [[2 * i, 2 * i + 1] for i in range(5)]
+    assert [group.task for group in scenario.groups] == list(range(5))
+    assert [check for check in check_scenario(scenario, [TABLE]) if not check.ok] == []
+
+
 def test_seeds_draw_other_episodes() -> None:
     one, other = (build([TABLE], seed, Params(support_sets=4, classes=2)) for seed in (0, 1))
     assert one.classes.names != other.classes.names
@@ -93,16 +112,38 @@ def test_instances_of_one_category() -> None:
     rows = torch.cat([task.rows for task in scenario.tasks])
     assert len(rows.unique()) == scenario.num_classes == 50, "labels are unique per image"
     again = build([TABLE], 0, Params(support_sets=10, class_change=2, classes=5, shots=3, instance=True))
-    assert all(torch.equal(again.tasks[0].rows, again.tasks[1].rows) for _ in range(1))
+    assert torch.equal(again.tasks[0].rows, again.tasks[1].rows), "the same exemplars until new classes come"
     assert again.tasks[0].rows.tolist() == [row for row in again.groups[0].rows.tolist() for _ in range(3)]
+
+
+def test_knowing_the_category_is_right_one_time_in_m() -> None:
+    """Whoever tells categories apart but not exemplars is left with m answers, of which one is right."""
+    for m in (2, 5):
+        scenario = build([TABLE], 0, Params(support_sets=10, classes=5, instance=True, per_category=m))
+        shown = torch.cat([task.rows for task in scenario.tasks])
+        of = torch.cat([task.targets for task in scenario.tasks])
+        category = torch.empty(scenario.num_classes, dtype=torch.int64).scatter_(0, of, TABLE.labels[shown])
+        rows = torch.cat([group.rows for group in scenario.groups])
+        targets = torch.cat([group.targets for group in scenario.groups])
+        answers = category[None] == TABLE.labels[rows][:, None]  # (queries, classes) exemplars of the right category
+        right = answers.gather(1, targets[:, None])[:, 0] / answers.sum(1)
+        assert len(right) == 50
+        assert float(right.mean()) == pytest.approx(1 / m)
 
 
 def test_overlays() -> None:
     params = Params(support_sets=2, classes=3, instance=True, corruption="occlusion", level=0.25)
     table = build([TABLE], 0, params).domains.table
     assert ((table >= 0).sum(1) == 16).all(), "a quarter of 64 pixels"
+    for one in (table >= 0).view(-1, 8, 8).int():
+        assert sorted(one.sum(0).tolist()) == sorted(one.sum(1).tolist()) == [0] * 4 + [4] * 4, "in one square"
     noise = build([TABLE], 0, Params(support_sets=2, classes=3, instance=True, corruption="noise", level=0.5)).domains
-    assert ((noise.table >= 0).sum(1) >= 30).all()
+    assert ((noise.table >= 0).sum(1) == 32).all()
+    assert len({tuple(row.tolist()) for row in noise.table}) == 6, "every query is changed in its own way"
+    sized = Params(support_sets=2, classes=3, instance=True, corruption="noise", size=5)
+    assert build([balanced("mine", 60, 12, 3)], 0, sized).domains.table.shape == (6, 25)
+    none = Params(support_sets=2, classes=3, instance=True, corruption="noise", level=0.0)
+    assert (build([TABLE], 0, none).domains.table == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -113,6 +154,8 @@ def test_overlays() -> None:
         (Params(support_sets=2, shots=41), "class_change \\* shots = 41 are shown"),
         (Params(support_sets=2, targets=9), "fewer than 9 test rows; lower targets"),
         (Params(instance=True, support_sets=100, per_category=40), "categories of that size"),
+        (Params(support_sets=4, class_change=2, setting="task"), "setting=task needs class_change=1"),
+        (Params(support_sets=2, corruption="noise"), "is for the instance test; add instance=true"),
     ],
 )
 def test_bad_parameters(params: Params, message: str) -> None:

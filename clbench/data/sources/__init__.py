@@ -1,4 +1,4 @@
-"""Where images come from: one module per kind of file, each with the same three functions.
+"""Where images come from: one module per kind of source, each with the same three functions.
 
     find(path) -> Source | None     is this a source of my kind, and which files belong to it?
     count(source) -> rows | None    (training, test) rows without decoding, if that is cheap
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 __all__ = ["KINDS", "Decoded", "Source", "detect", "module"]
 
-KINDS = ("parquet", "cifar", "idx", "tiny_imagenet", "folder")  # in the order they are tried; `digits` has no path
+# in the order they are tried; `digits` has no path
+KINDS = ("parquet", "cifar", "idx", "tiny_imagenet", "published", "folder")
 
 
 @dataclass(frozen=True)

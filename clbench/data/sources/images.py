@@ -79,7 +79,7 @@ class Canvas:
                 if image.shape[:2] != pixels.shape[2:]:
                     raise InputError(
                         f"{where(index)} is {image.shape[0]}x{image.shape[1]} but {self.first} is "
-                        f"{pixels.shape[2]}x{pixels.shape[3]}; give one size for all (load(..., size=64))"
+                        f"{pixels.shape[2]}x{pixels.shape[3]}; give one size for all, such as size=64"
                     )
                 pixels[start + index] = image.transpose(2, 0, 1)
 

@@ -1,13 +1,20 @@
-"""Label trees: from the data's own hierarchy, or from a table of edges (`child,parent`).
+"""Label trees: from the data's own hierarchy, or from a table of edges.
 
-A table is a CSV file with that header and a line per edge. A data set's class is given by its name, or as `#12` by its
-number in the data set's order; every other name is a coarse class. All classes must have the same number of ancestors.
+A table is a CSV file with the header `child,parent` or `child,parent,name` and a line per edge; lines that begin with
+`# ` are comments. A data set's class is given by its name, or as `#12` by its number in the data set's order; every
+other name is a coarse class. All classes must have the same number of ancestors.
+
+A number stands for another class as soon as the data are in another order (a folder's classes are sorted by name, the
+list of Stanford Cars is not). So a table may give the name behind each number: data that have these names, whatever
+their case and signs, are matched by them, and numbers serve for data that have none of them.
 """
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +25,15 @@ from clbench.scenarios.rows import Ints
 __all__ = ["Tree", "find_tree", "own_tree", "tree_names"]
 
 FOLDER = Path(__file__).parent
+HEADERS = (["child", "parent"], ["child", "parent", "name"])
+
+
+class Edge(NamedTuple):
+    """name: of the class that stands as a number, or ""."""
+
+    child: str
+    parent: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,35 +63,65 @@ def find_tree(given: str | None, table: LabelTable, where: str) -> Tree:
         raise unknown_name(f"tree of {where}", given, tree_names(), "(or give the path of a .csv file)")
     finest = table.classes.level == table.classes.num_levels - 1
     names = [table.classes.names[i] for i in finest.nonzero()[:, 0].tolist()]
-    return from_edges(read_edges(path), names, f"tree {path.name} for {where}")
+    place = f"tree {path.name} for {where}"
+    return from_edges(in_order_of(read_edges(path), names, place), names, place)
 
 
-def read_edges(path: Path) -> list[tuple[str, str]]:
-    """(child, parent) of every line."""
+def read_edges(path: Path) -> list[Edge]:
+    """The lines of a table."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark in front
             lines = [line for line in csv.reader(file) if line and not line[0].startswith("# ")]
     except OSError as error:
         raise InputError(f"cannot read the tree {path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"the tree {path} is no CSV file: {error}") from None
-    if not lines or [part.strip() for part in lines[0]] != ["child", "parent"]:
-        raise InputError(f"the tree {path} must begin with the line child,parent")
-    for number, line in enumerate(lines[1:], 2):
-        if len(line) != 2 or not all(part.strip() for part in line):
-            raise InputError(f"the tree {path}, entry {number}: {','.join(line)!r} is not of the form child,parent")
-    return [(child.strip(), parent.strip()) for child, parent in lines[1:]]
+    if not lines or [part.strip() for part in lines[0]] not in HEADERS:
+        raise InputError(f"the tree {path} must begin with the line child,parent (or child,parent,name)")
+    out = []
+    for line in lines[1:]:
+        parts = [part.strip() for part in line]
+        if not 2 <= len(parts) <= len(lines[0]) or not all(parts[:2]):
+            raise InputError(f"the tree {path}: the line {','.join(line)!r} is not of the form {','.join(lines[0])}")
+        out.append(Edge(*parts))
+    return out
 
 
-def from_edges(edges: Sequence[tuple[str, str]], names: Sequence[str], where: str) -> Tree:
+def in_order_of(edges: Sequence[Edge], names: Sequence[str], where: str) -> list[Edge]:
+    """The edges with the numbers that classes have in these data, if the table and the data both have their names."""
+    listed = {fold(edge.name): edge.child for edge in edges if edge.name}
+    found = [listed.get(fold(name)) for name in names]
+    if found.count(None) == len(names):
+        return list(edges)
+    if None not in found and len(set(found)) != len(listed):
+        raise InputError(f"{where}: it names {len(listed)} classes, but {len(set(found))} of them are in the data")
+    if None in found:
+        raise InputError(
+            f"{where}: it has names of these classes, but not of {names[found.index(None)]!r}; rename that class of "
+            f"the data, or give a tree of your own"
+        )
+    number = {child: f"#{index}" for index, child in enumerate(found)}
+    return [edge._replace(child=number.get(edge.child, edge.child)) for edge in edges]
+
+
+def fold(name: str) -> str:
+    """A name without case and signs: `Black_footed_Albatross` and `black footed albatross` are the same."""
+    return re.sub(r"[\W_]+", " ", name).strip().casefold()
+
+
+def from_edges(edges: Sequence[Edge], names: Sequence[str], where: str) -> Tree:
     """The tree over the classes `names`. Raises InputError for a cycle, an orphan, two parents, classes that are
     missing or unknown, and for classes of different depth."""
     known = {name: f"#{i}" for i, name in enumerate(names)}  # inside, a finest class goes by its number
     parent_of: dict[str, str] = {}
-    for child, parent in edges:
-        child, parent = known.get(child, child), known.get(parent, parent)
+    for edge in edges:
+        child, parent = known.get(edge.child, edge.child), known.get(edge.parent, edge.parent)
         if parent.startswith("#"):
             raise InputError(f"{where}: class {shown(parent, names)} is a parent; only coarse classes can be")
+        if re.fullmatch(r"#\d+", child) and int(child[1:]) >= len(names):
+            raise InputError(
+                f"{where}: it has a class {child}, but the {len(names)} classes are #0 to #{len(names) - 1}"
+            )
         if parent_of.setdefault(child, parent) != parent:
             raise InputError(f"{where}: {shown(child, names)} has two parents, {parent_of[child]!r} and {parent!r}")
     finest = [f"#{i}" for i in range(len(names))]
@@ -84,6 +130,8 @@ def from_edges(edges: Sequence[tuple[str, str]], names: Sequence[str], where: st
         if child not in parents and child not in finest:
             raise InputError(f"{where}: {child!r} is no class of the data and has no children: an orphan")
     paths = [climb(leaf, parent_of, where, names) for leaf in finest]
+    if apart := parents - {name for path in paths for name in path}:  # each has a child, and none leads to a class
+        raise InputError(f"{where}: {min(apart)!r} is its own ancestor: a cycle")
     depths = {len(path) for path in paths}
     if len(depths) > 1:
         short, long = paths[0], next(path for path in paths if len(path) != len(paths[0]))

@@ -1,0 +1,1 @@
+"""Other frameworks: index tables as Parquet, scenarios to and from Avalanche, rows as plain PyTorch datasets."""
