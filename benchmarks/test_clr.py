@@ -54,9 +54,10 @@ class DenseStep:
         self.optimizer.step()
 
 
+# A kernel costs what its channels cost to move: little beside full convolutions, half a step beside depthwise ones.
 @pytest.mark.parametrize(
     ("name", "size", "steps", "rounds", "budget"),
-    [("reduced-resnet18", 32, 2, 15, 1.5), ("resnet18", 64, 1, 10, 1.35), ("mobilenetv2_100", 64, 1, 10, 1.35)],
+    [("reduced-resnet18", 32, 2, 15, 1.35), ("resnet18", 64, 1, 10, 1.25), ("mobilenetv2_100", 64, 1, 10, 1.65)],
 )
 def test_clr_step(benchmark, name: str, size: int, steps: int, rounds: int, budget: float) -> None:
     options = {} if name == "reduced-resnet18" else {"pretrained": False}

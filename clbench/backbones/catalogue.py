@@ -36,6 +36,12 @@ EMBEDDED: Mapping[str, Embedded] = {
         source="stability_gap card, section 2 (MLP 784-400-400)",
         options={"width": 400, "depth": 2},
     ),
+    "mlp-300-100": Embedded(
+        title="fully connected 300-100 with ReLU and without biases, for supermasks on MNIST",
+        features="100",
+        parameters="951,600 (265,200 for 1 x 28 x 28)",
+        source="exssnet card, section 1 (MLP 784-300-100)",
+    ),
     "reduced-resnet18": Embedded(
         title="reduced ResNet-18 of online continual learning (20 channels)",
         features="160 at 32 px, 640 at 64 and 84 px",

@@ -37,6 +37,8 @@ def make_embedded(name: str, in_shape: Shape, options: Mapping[str, object]) -> 
         return nn.Flatten()
     if name == "mlp":
         return mlp(in_shape, **numbers)
+    if name == "mlp-300-100":
+        return mlp_300_100(in_shape)
     if name == "vit-tiny-32":
         return vision_transformer(in_shape, **numbers)
     if name == "mnistlike":
@@ -54,6 +56,13 @@ def mlp(in_shape: Shape, width: int, depth: int) -> nn.Sequential:
         layers += [nn.Linear(inputs, width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers)
+
+
+def mlp_300_100(in_shape: Shape) -> nn.Sequential:
+    """flatten, Linear to 300, ReLU, Linear to 100, ReLU, without biases; D = 100."""
+    inputs = in_shape[0] * in_shape[1] * in_shape[2]
+    hidden = nn.Linear(inputs, 300, bias=False), nn.ReLU(), nn.Linear(300, 100, bias=False), nn.ReLU()
+    return nn.Sequential(nn.Flatten(), *hidden)
 
 
 class BasicBlock(nn.Module):

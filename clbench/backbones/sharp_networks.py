@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 Convolution = tuple[int, bool]  # output channels, and whether 2x2 max-pooling follows
 
 
-class Units(Protocol):
+class UnitLayer(Protocol):
     """A convolution or a linear layer: `weight` (units, sources, ...), `bias` (units,)."""
 
     weight: nn.Parameter
@@ -66,12 +66,12 @@ class StagedNetwork(nn.Module):
         for out in widths:
             self.layers.append(nn.Linear(inputs, out))
             inputs = out
-        for layer in self.units:
+        for layer in self.unit_layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
     @property
-    def units(self) -> list[Units]:
+    def unit_layers(self) -> list[UnitLayer]:
         """The layers, with the type of what they all have."""
         return list(self.layers)  # type: ignore[arg-type]  # nn.ModuleList forgets what it holds
 

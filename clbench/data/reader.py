@@ -118,7 +118,8 @@ def checked(domains: Domains, store: ImageStore) -> Domains:
         )
     if domains.table.dtype != torch.int64:
         raise InputError(f"the scenario's table of domains must be int64, not {domains.table.dtype}")
-    low, high = {"permutation": (0, wanted - 1), "overlay": (-1, 255)}.get(domains.kind, (None, None))
-    if low is not None and not bool(((domains.table >= low) & (domains.table <= high)).all()):
-        raise InputError(f"the scenario's {domains.kind} table must hold numbers from {low} to {high} only")
+    if domains.kind != "rotation":
+        low, high = (0, wanted - 1) if domains.kind == "permutation" else (-1, 255)
+        if not bool(((domains.table >= low) & (domains.table <= high)).all()):
+            raise InputError(f"the scenario's {domains.kind} table must hold numbers from {low} to {high} only")
     return domains

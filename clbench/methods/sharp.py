@@ -1,11 +1,11 @@
 """SHARP: units grow old and freeze; recent hidden activations are replayed; nearest neighbours answer.
 
 Idea: a sparse network in which each episode (task) is learned by units of its own. Units that the episode's images make
-active learn; units that do not are plastic, and whatever flows from them into others is cut. Learned units count as
-memory, and once older than `recent_episodes + 1` episodes they and all their inputs never change again. Until then they
-are kept in place by replaying early activations of the most recent episodes, stored with 8 bits. There is no softmax:
-training is supervised contrastive; answers come from a few vectors per class, compared on the units that knew it. No
-task id at test; boundaries must be known while training. A class can't be answered before its first episode ends.
+active learn; units that do not are plastic, and whatever flows from them into others is cut. What has been learned is
+kept in place by replaying early activations of the `recent_episodes` last episodes, stored with 8 bits; behind that the
+units and all their inputs are frozen for good. There is no softmax: training is supervised contrastive; answers come
+from a few vectors per class, compared on the units that knew it. No task id at test; boundaries must be known while
+training. A class can't be answered before its first episode ends.
 
 Paper: Gurbuz, Moorman, Dovrolis: SHARP, arXiv 2305.18563. Official code: BurakGurbuz97/SHARP-Continual-Learning at
 12ff94c. Spec: card `sharp`, which is what that code does.
@@ -20,13 +20,12 @@ Behind the last one: ages rise, activations are stored, plastic units are drawn 
 Same as the official code: all of the card's section 2, tau(2) for phases 1 and 2 included. Different, with the same
 result: weights of absent connections are kept at 0 and their gradient is masked, once per step, in place of masking the
 weights in each forward pass; singleton classes of a batch are taken out of the loss by a mask; stored vectors are kept
-normalised on their own units. Different where the official code fails: an anchor without a partner is left out of the
-mean, and a class whose activations are all equal is stored as such (official: NaN). Vectors of replayed classes come
-from the first stored activations, not from drawn ones. Only activations that will be replayed again are kept.
+normalised, on their own units alone. Different where the official code gives NaN: an anchor without a partner is left
+out of the mean, and a class whose activations are all equal is stored as such. Vectors of replayed classes come from
+the first stored activations, not from drawn ones. Only activations that will be replayed again are kept.
 A class with fewer images than `stm_per_class` or `ltm_per_class` gives those it has, and is replayed with replacement.
 
-Shapes: B batch, R replayed, C classes of the scenario, D penultimate units, U units of a layer, V its sources, m
-vectors per class.
+Shapes: B batch, C classes of the scenario, D penultimate units, U units of a layer, V its sources.
 """
 
 import math
@@ -41,6 +40,7 @@ from torch.nn import functional as F
 from clbench.backbones.sharp_networks import StagedNetwork
 from clbench.errors import InputError
 from clbench.methods._activations import ActivationMemory
+from clbench.methods._class_vectors import ClassVectors
 from clbench.methods._sparse import drop, grow, most_active, promote, redraw_std, select, source_ages
 from clbench.methods.base import Method, Setting, hp
 from clbench.scenarios.model import Task
@@ -52,7 +52,6 @@ __all__ = [
     "SHARPConfig",
     "age_mask",
     "has_partner",
-    "knn_votes",
     "phase_lengths",
     "replayed_episodes",
     "selection_percent",
@@ -63,7 +62,7 @@ __all__ = [
 SELECTION_IMAGES = 1024  # images of an episode that decide which units learn
 CHUNK = 256  # images of one forward pass without gradients; has no influence on the result
 INPUT_AGE, PRETRAINED_AGE = 99, 100  # never plastic
-TINY = 1e-30
+TINY = 1e-30  # below any sum of exponentials of cosines
 
 
 @dataclass(frozen=True)
@@ -152,36 +151,16 @@ def supcon_loss(features: Tensor, labels: Tensor, temperature: float, keep: Tens
     return (per_anchor * anchors).sum() / anchors.sum().clamp(min=1)
 
 
-def replayed_episodes(episode: int, recent: int) -> list[int]:
-    """Episodes (from 0) that are replayed while learning `episode`: the `recent` ones before it, oldest first."""
-    return list(range(max(episode - recent, 0), episode))
-
-
-# -- answering -------------------------------------------------------------------------------------------------------
+# -- end of an episode -----------------------------------------------------------------------------------------------
 def age_mask(ages: Tensor, at_least: int) -> Tensor:
     """(D,) bool, units of that age or older; all units where there are none."""
     old = ages >= at_least
     return old | ~old.any()
 
 
-def knn_votes(queries: Tensor, vectors: Tensor, norms: Tensor, units: Tensor, allowed: Tensor, num: int) -> Tensor:
-    """(B, C) votes of the `num` nearest stored vectors: argmax is their most frequent class, the lowest of equals.
-
-    Distance of a query to a vector of class c: Euclidean, both cut to the class's units and normalised there. Stored
-    vectors are normalised and zero outside their units, so one matrix product gives all of them by `|a - b|^2 = |a|^2 +
-    |b|^2 - 2 q.b / |q on the units|`; |a| and |b| are 1, or 0 where a vector is zero on the units.
-
-    queries: (B, D); vectors: (C, m, D); norms: (C, m), 1 or 0, infinite for an empty place; units: (C, D) bool;
-    allowed: (C,) or (B, C) bool, classes that may vote. Source: card, `Prediction` and section 8, speed d.
-    """
-    num_classes, places, _ = vectors.shape
-    length = (queries.square() @ units.to(queries.dtype).T).sqrt()  # (B, C)
-    dots = (queries @ vectors.flatten(0, 1).T).unflatten(1, (num_classes, places))
-    own = (length > 0).to(queries.dtype).masked_fill(~allowed, torch.inf)
-    distances = dots.mul_((-2 / length.clamp(min=TINY))[:, :, None]).add_(own[:, :, None]).add_(norms)
-    nearest = distances.flatten(1).topk(min(num, num_classes * places), largest=False)
-    votes = torch.zeros_like(length)
-    return votes.scatter_add_(1, nearest.indices // places, nearest.values.isfinite().to(votes.dtype))
+def replayed_episodes(episode: int, recent: int) -> list[int]:
+    """Episodes (from 0) that are replayed while learning `episode`: the `recent` ones before it, oldest first."""
+    return list(range(max(episode - recent, 0), episode))
 
 
 class SHARP(Method):
@@ -200,17 +179,14 @@ class SHARP(Method):
                 f"epochs"
             )
         network, device = self.network, setting.device
-        weights = [layer.weight for layer in network.units]
+        weights = [layer.weight for layer in network.unit_layers]
         self.ages = [torch.full((weights[0].shape[1],), INPUT_AGE, device=device)]
         self.ages += [torch.zeros(weight.shape[0], dtype=torch.int64, device=device) for weight in weights]
         if config.pretrained_early:
             self._start_from_pretrained()
         self.masks = [self._initial_mask(index, weight) for index, weight in enumerate(weights)]
         self.memory = ActivationMemory(config.stm_per_class, network.activation_shape, device)
-        classes, width = setting.num_classes, len(self.ages[-1])
-        self.vectors = torch.zeros((classes, config.ltm_per_class, width), device=device)
-        self.norms = torch.full((classes, config.ltm_per_class), torch.inf, device=device)
-        self.units = torch.ones((classes, width), dtype=torch.bool, device=device)
+        self.vectors = ClassVectors(setting.num_classes, device)
         self.activity: list[Tensor] = []  # of each layer's units, from the step of a selection to its end
         self.optimizer: torch.optim.Adadelta | None = None
         self._gates: list[tuple[nn.Parameter, Tensor]] = []
@@ -263,7 +239,7 @@ class SHARP(Method):
 
     def _rewire(self, at: Cursor) -> None:
         """Cut what flows from plastic units into others; as many connections grow into plastic units."""
-        for index, layer in enumerate(self.network.units):
+        for index, layer in enumerate(self.network.unit_layers):
             sources = source_ages(self.ages[index], self.network.inputs_per_unit[index])
             targets, area = self.ages[index + 1], layer.weight[0, 0].numel()
             dropped = drop(self.masks[index], sources, targets)
@@ -308,17 +284,16 @@ class SHARP(Method):
             memory.store(label, episode, network.early(self._images(task, label, config.stm_per_class)))
         if config.reinit:
             self._redraw_plastic(episode)
-        for label in classes:
-            hidden = network.early(self._images(task, label, config.ltm_per_class))
-            self._store_vectors(label, hidden, age_mask(self.ages[-1], 2))
-        for label, learned in replayed:  # a class that has come again is rewritten, as in the official code
-            distance = episode - 1 - learned
-            hidden = memory.of_class(label)[: config.ltm_per_class]
-            self._store_vectors(label, hidden, age_mask(self.ages[-1], 3 + distance))
+        hidden = [network.early(self._images(task, label, config.ltm_per_class)) for label in classes]
+        self._write_vectors(classes, hidden, at_least=2)
+        for learned in replayed_episodes(episode, config.recent_episodes):  # a class that has come again is among both
+            labels = [label for label, of in replayed if of == learned]
+            hidden = [memory.of_class(label)[: config.ltm_per_class] for label in labels]
+            self._write_vectors(labels, hidden, at_least=3 + episode - 1 - learned)
         memory.keep(replayed_episodes(episode + 1, config.recent_episodes))
 
     def _redraw_plastic(self, episode: int) -> None:
-        for index, layer in enumerate(self.network.units):
+        for index, layer in enumerate(self.network.unit_layers):
             rows = (self.ages[index + 1] == 0).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
@@ -328,14 +303,11 @@ class SHARP(Method):
             layer.bias[rows] = 0
         self._follow()
 
-    def _store_vectors(self, label: int, hidden: Tensor, units: Tensor) -> None:
-        """Penultimate vectors of (k, *activation_shape) activations, k <= m, normalised on `units`."""
-        vectors = F.normalize(self._from_early(hidden) * units, dim=1)
-        self.units[label] = units
-        self.vectors[label] = 0
-        self.vectors[label, : len(vectors)] = vectors
-        self.norms[label] = torch.inf
-        self.norms[label, : len(vectors)] = vectors.any(1).to(vectors.dtype)
+    def _write_vectors(self, labels: Sequence[int], hidden: Sequence[Tensor], at_least: int) -> None:
+        """Keep the penultimate vectors of (k, *activation_shape) activations of each class, on units of that age."""
+        if labels:
+            vectors = [self._from_early(own) for own in hidden]
+            self.vectors.store(vectors, labels, age_mask(self.ages[-1], at_least))
 
     # -- answers -----------------------------------------------------------------------------------------------------
     def features(self, images: Tensor, task: int | None) -> Tensor:
@@ -345,13 +317,12 @@ class SHARP(Method):
     def classify(self, features: Tensor, allowed: Tensor, task: int | None) -> Tensor:
         """(B, C) votes; all 0 until vectors of an allowed class are stored."""
         with torch.autocast(features.device.type, enabled=False):
-            return knn_votes(features.float(), self.vectors, self.norms, self.units, allowed, self.config.neighbours)
+            return self.vectors.votes(features.float(), allowed, self.config.neighbours)
 
     def memory_bytes(self) -> dict[str, int]:
-        num_classes = int(self.norms.isfinite().any(1).sum())
         return {
             "activation_memory": self.memory.num_bytes(),
-            "class_vectors": num_classes * (self.vectors[0].nbytes + self.units[0].nbytes),
+            "class_vectors": self.vectors.num_bytes(),
             "connection_masks": sum(mask.nbytes for mask in self.masks),
             "unit_ages": sum(ages.nbytes for ages in self.ages),
         }
@@ -384,7 +355,7 @@ class SHARP(Method):
         """Bring weights and gates into line with ages and masks: weights of absent connections are 0, and gradients of
         those and of frozen units will be."""
         self._gates = []
-        for index, (layer, mask) in enumerate(zip(self.network.units, self.masks, strict=True)):
+        for index, (layer, mask) in enumerate(zip(self.network.unit_layers, self.masks, strict=True)):
             last = 1 if index < self.network.num_early else self.config.recent_episodes + 1
             moves = self.ages[index + 1] <= last
             kernel = [1] * (layer.weight.ndim - 2)
@@ -421,7 +392,7 @@ class SHARP(Method):
                 "pretrained_early=true needs a trained network: give --weights FILE (and --backbone-set "
                 "pretrained_on=TAG, what it was trained on)"
             )
-        for index, layer in enumerate(self.network.units):
+        for index, layer in enumerate(self.network.unit_layers):
             if index < self.network.num_early:
                 layer.requires_grad_(False)
                 self.ages[index + 1].fill_(PRETRAINED_AGE)

@@ -132,7 +132,7 @@ class Ray:
                 address=self.address or "local", ignore_reinit_error=True, log_to_driver=False,
                 logging_level=logging.ERROR, **options,
             )  # fmt: skip
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             where = f"the Ray cluster at {self.address}" if self.address else "Ray on this machine"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"cannot reach {where}: {reason}; is it running (`ray status`)?") from error

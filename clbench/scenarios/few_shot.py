@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
@@ -80,14 +81,15 @@ def build(
     labels, names = labels_at(table, None, where)
     split = table.split.numpy()
     keys = row_keys(seed, "shots", len(labels))
-    by_class = [rows_of(labels, (split == TRAIN), c, keys) for c in range(len(names))]
+    by_class = rows_by_class(labels, split == TRAIN, len(names), keys)
     if params.instance:
         shown, categories = exemplars(by_class, num_classes, seed, params, where)
         names = [f"{names[c]} #{i}" for c, i in categories]
         tests = [rows[:1] for rows in shown]
     else:
         chosen, shown = episode(by_class, num_classes, names, seed, params, where)
-        found = [rows_of(labels, (split == TEST), c, keys) for c in chosen]
+        tested = rows_by_class(labels, split == TEST, len(by_class), keys)
+        found = [tested[c] for c in chosen]
         short = [names[c] for c, rows in zip(chosen, found, strict=True) if len(rows) < (params.targets or 1)]
         if short:
             raise InputError(
@@ -137,10 +139,13 @@ def build(
     )
 
 
-def rows_of(labels: Ints, inside: np.ndarray, label: int, keys: np.ndarray) -> Ints:
-    """Rows of a class in random order."""
-    rows = np.flatnonzero(inside & (labels == label))
-    return np.asarray(rows[np.argsort(keys[rows], kind="stable")])
+def rows_by_class(
+    labels: Ints, inside: npt.NDArray[np.bool_], num_classes: int, keys: npt.NDArray[np.float64]
+) -> list[Ints]:
+    """Rows of each class in random order."""
+    rows = np.flatnonzero(inside & (labels >= 0))
+    rows = rows[np.lexsort((keys[rows], labels[rows]))]
+    return np.split(rows, np.cumsum(np.bincount(labels[rows], minlength=num_classes))[:-1])
 
 
 def episode(
@@ -171,7 +176,7 @@ def exemplars(
     if needed > len(rich):
         raise InputError(
             f"{where}: {num_classes} images with {params.per_category} per category need {needed} categories of that "
-            f"size, but the data have {len(rich)}; lower support_sets, classes or per_category"
+            f"size, but the data have {len(rich)}; lower support_sets or classes, or change per_category"
         )
     categories = [rich[i] for i in frozen_random(seed, "classes").permutation(len(rich))[:needed]]
     pairs = [(c, i) for c in categories for i in range(params.per_category)]
@@ -189,15 +194,16 @@ def corruption(table: LabelTable, num_classes: int, seed: int, params: Params, w
     size = num_pixels(table, params.pixels if params.size is None else params.size**2, where)
     side = round(size**0.5)
     overlay = np.full((num_classes, size), -1, np.int64)
-    for index in range(num_classes):
-        rng = frozen_random(seed, "corruption", index)
-        if params.corruption == "noise":
-            changed = rng.permutation(size)[: round(params.level * size)]
-            overlay[index, changed] = rng.randint(0, 256, size=len(changed))
-            continue
-        if side * side != size:
-            raise InputError(f"{where}: occlusion needs square images, and these have {size} pixels; use noise")
-        edge = min(round(side * params.level**0.5), side)
-        top, left = rng.randint(0, side - edge + 1, size=2)
-        overlay[index].reshape(side, side)[top : top + edge, left : left + edge] = COVER
+    if params.corruption == "noise":
+        order = np.argsort(frozen_random(seed, "changed pixels").random_sample(overlay.shape), axis=1, kind="stable")
+        changed = order[:, : round(params.level * size)]
+        values = frozen_random(seed, "noise").randint(0, 256, size=overlay.shape)
+        np.put_along_axis(overlay, changed, values[:, : changed.shape[1]], axis=1)
+        return Domains("overlay", tensor(overlay))
+    if side * side != size:
+        raise InputError(f"{where}: occlusion needs square images, and these have {size} pixels; use noise")
+    edge = round(side * params.level**0.5)
+    corner = frozen_random(seed, "corner").randint(0, side - edge + 1, size=(num_classes, 2, 1))
+    covered = (np.arange(side) >= corner) & (np.arange(side) < corner + edge)  # (C, 2, side) rows, and columns
+    overlay[(covered[:, 0, :, None] & covered[:, 1, None, :]).reshape(num_classes, size)] = COVER
     return Domains("overlay", tensor(overlay))

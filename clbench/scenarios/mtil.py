@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from clbench.data.classes import TEST, TRAIN, ClassTable, LabelTable
-from clbench.errors import InputError
+from clbench.errors import InputError, unknown_name
 from clbench.scenarios.draws import frozen_random
 from clbench.scenarios.model import Group, Scenario, StreamDefaults, Task
 from clbench.scenarios.params import param
@@ -27,9 +27,8 @@ ORDER_II = (9, 6, 7, 8, 5, 10, 0, 1, 3, 4, 2)  # the paper's second order, into 
 
 @dataclass(frozen=True)
 class Params:
-    order: Literal["I", "II", "seeded"] | tuple[int, ...] = param(
-        "I",
-        "order of the data sets: as listed, the paper's second one, from the order seed, or a list of numbers from 0",
+    order: Literal["I", "II", "seeded"] | tuple[str, ...] = param(
+        "I", "order of the data sets: as listed, the paper's second one, from the order seed, or a list of their names"
     )
     size: int | None = param(None, "side in pixels that all images are resized to, once", low=1)
     per_class: int | None = param(None, "at most so many training rows per class, validation included", low=1)
@@ -61,7 +60,7 @@ def build(
     """
     if len(tables) < 2:
         raise InputError(f"{id}: a multi-domain stream takes at least two data sets, separated by commas")
-    order = order_of(params.order, seed, len(tables), id)
+    order = order_of(params.order, seed, [table.dataset for table in tables], id)
     offsets = np.cumsum([0, *(len(table.labels) for table in tables)])
     tasks, groups, prompts, first_class, start = [], [], {}, 0, 0
     names: list[str] = []
@@ -101,16 +100,22 @@ def build(
     )
 
 
-def order_of(order: str | tuple[int, ...], seed: int, number: int, where: str) -> list[int]:
-    """Which data set each task takes, as numbers into the list."""
+def order_of(order: str | tuple[str, ...], seed: int, names: Sequence[str], where: str) -> list[int]:
+    """Which data set each task takes, as numbers into `names`. A list may leave some out."""
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{where}: two data sets are called {name}; import one of them under another name")
     if order == "I":
-        return list(range(number))
+        return list(range(len(names)))
     if order == "seeded":
-        return [int(i) for i in frozen_random(seed, "data set order").permutation(number)]
-    chosen = ORDER_II if order == "II" else tuple(int(i) for i in order)
-    if order == "II" and number != len(ORDER_II):
-        raise InputError(f"{where}: order=II is defined for the {len(ORDER_II)} data sets of MTIL, not for {number}")
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(number)):
-        given = ",".join(map(str, chosen))
-        raise InputError(f"{where}: order must be different numbers from 0 to {number - 1}, not {given}")
-    return list(chosen)
+        return [int(i) for i in frozen_random(seed, "data set order").permutation(len(names))]
+    if order == "II":
+        if len(names) != len(ORDER_II):
+            raise InputError(f"{where}: order=II is one of the {len(ORDER_II)} data sets of MTIL, not of {len(names)}")
+        return list(ORDER_II)
+    for name in order:
+        if name not in names:
+            raise unknown_name(f"data set of {where}", name, names)
+    if not order or len(set(order)) < len(order):
+        raise InputError(f"{where}: order must name each data set once at most, and one at least")
+    return [names.index(name) for name in order]

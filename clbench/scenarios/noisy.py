@@ -18,7 +18,7 @@ from clbench.errors import InputError
 from clbench.scenarios.draws import frozen_random
 from clbench.scenarios.model import Scenario, StreamDefaults, Task
 from clbench.scenarios.params import param
-from clbench.scenarios.rows import Ints, choose_rows, class_groups, labels_at, only_tasks, tensor
+from clbench.scenarios.rows import Ints, choose_rows, class_groups, cut, labels_at, only_tasks, tensor
 
 __all__ = ["Params", "build", "episodes"]
 
@@ -96,12 +96,13 @@ def build(
     for index in reversed(range(len(plan))):
         introduced[plan[index]] = index
 
+    trains, vals = (cut(rows, labels[rows], num_classes) for rows in pool)  # by class
     tasks = []
     for index, classes in enumerate(plan):
-        rows = pool.train[np.isin(labels[pool.train], classes)]
+        rows = np.concatenate([trains[c] for c in classes])
         rows = rows[frozen_random(seed, "noisy rows", index).permutation(len(rows))]
         new = np.flatnonzero(introduced == index)
-        val = pool.val[np.isin(labels[pool.val], new)]
+        val = np.concatenate([pool.val[:0], *(vals[c] for c in new)])
         tasks.append(
             Task(
                 rows=tensor(rows),

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from clbench.data import TEST, ImageStore, Reader, load
 from clbench.errors import InputError
-from clbench.scenarios import build, find
+from clbench.scenarios import build, find, list_scenarios
 from clbench.scenarios.check import check_scenario
 from clbench.scenarios.model import Domains, Scenario
 
 pytest.importorskip("avalanche", reason="wants the extra `avalanche`")
-from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks import benchmark_from_datasets, class_incremental_benchmark
 from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
+from avalanche.benchmarks.utils.transform_groups import TransformGroups
 from avalanche.core import SupervisedPlugin
 from avalanche.training import Naive, Replay
 from avalanche.training.plugins import EvaluationPlugin
@@ -129,6 +131,34 @@ def test_replay_sees_our_rows_and_replays_earlier_ones(digits: ImageStore) -> No
         assert set(buffer.rows) <= earlier | set(new)
     replay.eval(benchmark.test_stream)
     assert [column(batches, 2) for batches in seen.asked] == [group.rows.tolist() for group in scenario.groups]
+
+
+@pytest.mark.parametrize("id", [row["id"] for row in list_scenarios() if row["datasets"] == ["digits"]])
+def test_every_family_goes_there_and_comes_back(id: str) -> None:
+    preset = find(id)
+    store = load("digits", order=preset.row_order, size=preset.size)
+    scenario = build(preset, [store.table()], 0)
+    benchmark = to_avalanche(scenario, store)
+    reader = Reader(store, {"test": scenario.defaults.test_view}, scenario.domains)
+    streams = ((benchmark.train_stream, scenario.tasks), (benchmark.test_stream, scenario.groups))
+    for stream, parts in streams:
+        for experience, part in zip(stream, parts, strict=True):
+            assert list(experience.dataset.rows) == part.rows.tolist()
+            assert list(experience.dataset.targets) == part.targets.tolist()
+            if len(part.rows):
+                image, target, row, label = experience.dataset.eval()[-1]
+                domain = None if part.domain is None else part.domain[-1:]
+                assert torch.equal(image, reader(part.rows[-1:], domain, "test")[0])
+                assert (target, row) == (int(part.targets[-1]), int(part.rows[-1]))
+                assert (label > 0) <= (scenario.setting == "task")
+    back_store, back = from_avalanche(
+        benchmark.train_stream, benchmark.test_stream, name="back", online=scenario.online
+    )  # fmt: skip
+    assert [c for c in check_scenario(back, [back_store.table()]) if not c.ok] == []
+    for ours, theirs in ((scenario.tasks, back.tasks), (scenario.groups, back.groups)):
+        for part, other in zip(ours, theirs, strict=True):
+            assert torch.equal(part.targets, other.targets)
+    assert back.setting == scenario.setting
 
 
 def test_task_labels_and_validation(digits: ImageStore) -> None:
@@ -271,6 +301,42 @@ def test_foreign_benchmarks_come_in(form: str) -> None:
         assert torch.equal(task.targets, store.labels[rows])
     assert back.setting == "class"
     assert [c for c in check_scenario(back, [back_store.table()]) if not c.ok] == []
+
+
+def test_their_class_incremental_benchmark_comes_in_without_its_transforms() -> None:
+    store = make_store()
+
+    def dataset(split: int) -> Any:
+        rows = rows_of(store, range(6), split)
+        samples = list(zip(pil_images(rows), store.labels[rows].tolist(), strict=True))
+        groups = TransformGroups({"train": lambda image: 1 / 0, "eval": lambda image: 1 / 0})
+        targets = DataAttribute(store.labels[rows].tolist(), "targets")
+        return ClassificationDataset([samples], data_attributes=[targets], transform_groups=groups)
+
+    order = [4, 1, 0, 5, 2, 3]
+    benchmark = class_incremental_benchmark(
+        {"train": dataset(0), "test": dataset(TEST)}, class_order=order, num_experiences=3
+    )
+    back_store, back = from_avalanche(benchmark.train_stream, benchmark.test_stream, name="theirs")
+    assert [sorted(task.classes.tolist()) for task in back.tasks] == [[1, 4], [0, 5], [2, 3]]
+    assert len(back_store) == len(store)
+    pixels = {image.numpy().tobytes() for image in back_store.images}
+    assert pixels == {image.numpy().tobytes() for image in store.images}
+    assert [c for c in check_scenario(back, [back_store.table()]) if not c.ok] == []
+
+
+def test_frozen_transforms_stay() -> None:
+    store = make_store()
+    rows = rows_of(store, [0, 1], 0)
+    samples = list(zip(store.images[rows], store.labels[rows].tolist(), strict=True))
+    turned = ClassificationDataset(
+        [samples],
+        data_attributes=[DataAttribute(store.labels[rows].tolist(), "targets")],
+        transform_groups=TransformGroups({"train": lambda image: image.flip(1), "eval": lambda image: image.flip(1)}),
+    ).freeze_transforms()
+    stream = benchmark_from_datasets(train=[turned]).train_stream
+    back_store, back = from_avalanche(stream, stream, name="turned")
+    assert torch.equal(back_store.images[back.tasks[0].rows], store.images[rows].flip(2))
 
 
 def test_what_cannot_come_in_is_told() -> None:

@@ -26,6 +26,7 @@ from clbench.evaluator import Schedule
 from clbench.learner.learner import Learner
 from clbench.methods import sharp as sharp_module
 from clbench.methods._activations import ActivationMemory, dequantise, draw_replay, quantise, replay_counts
+from clbench.methods._class_vectors import ClassVectors
 from clbench.methods._sparse import drop, grow, most_active, promote, redraw_std, select, source_ages
 from clbench.methods.config import make_config
 from clbench.methods.registry import find as find_method
@@ -35,7 +36,6 @@ from clbench.methods.sharp import (
     SHARPConfig,
     age_mask,
     has_partner,
-    knn_votes,
     phase_lengths,
     replayed_episodes,
     selection_percent,
@@ -344,31 +344,30 @@ def slow_predict(
     return answers, together
 
 
-def store_all(stored: list[tuple[int, Tensor, Tensor]], num_classes: int, places: int) -> tuple[Tensor, ...]:
-    width = stored[0][1].shape[1]
-    vectors = torch.zeros((num_classes, places, width), dtype=torch.float64)
-    norms = torch.full((num_classes, places), torch.inf, dtype=torch.float64)
-    units = torch.ones((num_classes, width), dtype=torch.bool)
-    for label, raw, mask in stored:
-        cut = F.normalize(raw * mask, dim=1)
-        vectors[label, : len(raw)], units[label] = cut, mask
-        norms[label, : len(raw)] = cut.any(1).double()
-    return vectors, norms, units
+def memory_of(stored: list[tuple[int, Tensor, Tensor]], num_classes: int) -> ClassVectors:
+    memory = ClassVectors(num_classes, torch.device("cpu"))
+    for label, raw, units in stored:
+        memory.store([raw], [label], units)
+    return memory
 
 
-@given(st.integers(0, 9999), st.integers(1, 7))
+@given(st.integers(0, 9999), st.integers(1, 7), st.booleans())
 @settings(deadline=None)
-def test_votes_are_those_of_the_per_class_loop(seed: int, num: int) -> None:
+def test_votes_are_those_of_the_per_class_loop(seed: int, num: int, together: bool) -> None:
     rng = generator(seed, "knn")
     stored = []
-    for label in range(5):
-        if label == 3:
-            continue  # has no vectors yet
-        raw = torch.randn((3, 8), generator=rng, dtype=torch.float64).relu()
-        stored.append((label, raw, torch.rand(8, generator=rng) < 0.7))
+    shared = torch.rand(8, generator=rng) < 0.7
+    for label in (4, 0, 1, 2):  # class 3 has no vectors yet
+        raw = torch.randn((3 + (label == 2), 8), generator=rng, dtype=torch.float64).relu()
+        units = shared if together else torch.rand(8, generator=rng) < 0.7
+        stored.append((label, raw, units))
     queries = torch.randn((6, 8), generator=rng, dtype=torch.float64).relu()
     allowed = torch.rand(5, generator=rng) < 0.8
-    votes = knn_votes(queries, *store_all(stored, 5, 4), allowed, num)
+    memory = memory_of(stored, 5)
+    if together:
+        memory = ClassVectors(5, torch.device("cpu"))
+        memory.store([raw for _, raw, _ in stored], [label for label, _, _ in stored], shared)
+    votes = memory.votes(queries, allowed, num)
     assert votes.isfinite().all()
     assert (votes[:, ~allowed] == 0).all()
     if not allowed[[label for label, _, _ in stored]].any():
@@ -386,26 +385,35 @@ def test_votes_are_those_of_the_per_class_loop(seed: int, num: int) -> None:
 def test_ties_go_to_the_lowest_class_and_masks_are_per_sample() -> None:
     full = torch.ones(2, dtype=torch.bool)
     stored = [
-        (0, torch.tensor([[0.0, 1.0]]).double(), full),
-        (1, torch.tensor([[1.0, 0.1], [0.0, 1.0]]).double(), full),
-        (2, torch.tensor([[1.0, 0.2], [1.0, 0.3]]).double(), full),
+        (2, torch.tensor([[1.0, 0.2], [1.0, 0.3]]), full),
+        (1, torch.tensor([[1.0, 0.1], [0.0, 1.0]]), full),
+        (0, torch.tensor([[0.0, 1.0]]), full),
     ]
-    memory = store_all(stored, 3, 2)
-    query = torch.tensor([[2.0, 0.3]]).double()
-    votes = knn_votes(query, *memory, torch.ones(3, dtype=torch.bool), 2)
+    memory = memory_of(stored, 3)
+    query = torch.tensor([[2.0, 0.3]])
+    votes = memory.votes(query, torch.ones(3, dtype=torch.bool), 2)
     assert votes.tolist() == [[0, 1, 1]]
     assert int(votes.argmax()) == 1
     allowed = torch.tensor([[True, True, True], [True, False, False]])
-    assert knn_votes(query.expand(2, 2), *memory, allowed, 2).argmax(1).tolist() == [1, 0]
+    assert memory.votes(query.expand(2, 2), allowed, 2).argmax(1).tolist() == [1, 0]
 
 
 def test_only_the_units_of_a_class_count() -> None:
-    stored = [
-        (0, torch.tensor([[1.0, 0.0, 9.0]]).double(), torch.tensor([True, True, False])),
-        (1, torch.tensor([[1.0, 1.0, 0.0]]).double(), torch.tensor([True, True, False])),
-    ]
-    votes = knn_votes(torch.tensor([[1.0, 0.0, 0.0]]).double(), *store_all(stored, 2, 1), torch.ones(2).bool(), 1)
-    assert votes.tolist() == [[1, 0]]
+    units = torch.tensor([True, True, False])
+    memory = memory_of([(0, torch.tensor([[1.0, 0.0, 9.0]]), units), (1, torch.tensor([[1.0, 1.0, 0.0]]), units)], 2)
+    assert memory.votes(torch.tensor([[1.0, 0.0, 0.0]]), torch.ones(2).bool(), 1).tolist() == [[1, 0]]
+
+
+def test_storing_a_class_again_replaces_it() -> None:
+    full, first = torch.ones(3, dtype=torch.bool), torch.tensor([True, False, False])
+    memory = ClassVectors(3, torch.device("cpu"))
+    memory.store([torch.rand(2, 3), torch.rand(4, 3)], [0, 1], full)
+    before = memory.num_bytes()
+    memory.store([torch.rand(2, 3)], [1], first)
+    assert [group["labels"].tolist() for group in memory.groups] == [[0, 0], [1, 1]]
+    assert memory.num_bytes() < before  # 2 vectors on one unit in place of 4 on three
+    memory.store([torch.rand(1, 3)] * 2, [0, 1], full)
+    assert [group["labels"].tolist() for group in memory.groups] == [[0, 1]]
 
 
 # -- networks --------------------------------------------------------------------------------------------------------
@@ -431,7 +439,7 @@ def test_networks_have_the_sizes_of_the_card(
     assert net.activation_shape == activation
     assert max(net.inputs_per_unit) == block
     assert all(isinstance(layer, nn.Conv2d | nn.Linear) and (layer.bias == 0).all() for layer in net.layers)
-    last = net.units[-1].weight
+    last = net.unit_layers[-1].weight
     assert float(last.detach().std()) == pytest.approx((2 / last.shape[1]) ** 0.5, rel=0.01)  # Kaiming, fan in
     images = torch.rand(2, *shape)
     hidden = net.early(images)
@@ -516,6 +524,16 @@ def history() -> list[SHARP]:
     return episodes_of()[1]
 
 
+def vectors_of(method: SHARP, label: int) -> tuple[Tensor, Tensor]:
+    """Units (n,) and stored vectors (k, n) of a class."""
+    (group,) = (group for group in method.vectors.groups if label in group["labels"].tolist())
+    return group["units"], group["vectors"][:, group["labels"] == label].T
+
+
+def classes_with_vectors(method: SHARP) -> list[int]:
+    return sorted({label for group in method.vectors.groups for label in group["labels"].tolist()})
+
+
 def frozen(method: SHARP, index: int) -> Tensor:
     last = 1 if index < method.network.num_early else method.config.recent_episodes + 1
     return method.ages[index + 1] > last
@@ -538,7 +556,7 @@ def test_ages_never_fall_from_two_on(history: list[SHARP]) -> None:
 
 def test_frozen_weights_stay_to_the_bit(history: list[SHARP]) -> None:
     for before, after in itertools.pairwise(history):
-        for index, (old, new) in enumerate(zip(before.network.units, after.network.units, strict=True)):
+        for index, (old, new) in enumerate(zip(before.network.unit_layers, after.network.unit_layers, strict=True)):
             rows = frozen(before, index)
             assert torch.equal(old.weight[rows], new.weight[rows])
             assert torch.equal(old.bias[rows], new.bias[rows])
@@ -550,9 +568,11 @@ def test_what_learns_does_change(history: list[SHARP]) -> None:
     for before, after in itertools.pairwise(history):
         rows = (before.ages[-1] == 0) & (after.ages[-1] == 2)
         if rows.any():
-            assert (before.network.units[-1].weight[rows] != after.network.units[-1].weight[rows]).any()
+            assert (before.network.unit_layers[-1].weight[rows] != after.network.unit_layers[-1].weight[rows]).any()
     middle = history[0].ages[-1] == 2  # replay holds them in place, and no more than that
-    assert (history[0].network.units[-1].weight[middle] != history[1].network.units[-1].weight[middle]).any()
+    assert (
+        history[0].network.unit_layers[-1].weight[middle] != history[1].network.unit_layers[-1].weight[middle]
+    ).any()
 
 
 def test_sources_of_a_unit_are_as_old_as_itself(history: list[SHARP]) -> None:
@@ -576,11 +596,11 @@ def test_old_units_answer_the_same_after_later_episodes(history: list[SHARP]) ->
         for after in history[index + 1 :]:
             assert torch.equal(before.features(IMAGES, None)[:, old], after.features(IMAGES, None)[:, old])
             checked += int(old.sum())
-            settled = range(2 * index)  # two classes per episode; those of the newest are rewritten once
-            for label in settled:
-                assert torch.equal(before.vectors[label], after.vectors[label])
-                assert torch.equal(before.units[label], after.units[label])
-                assert (before.ages[-1][before.units[label]] >= 3).all()
+            for label in range(2 * index):  # two classes per episode; those of the newest are rewritten once
+                (units, vectors), (later_units, later_vectors) = vectors_of(before, label), vectors_of(after, label)
+                assert torch.equal(units, later_units)
+                assert torch.equal(vectors, later_vectors)
+                assert (before.ages[-1][units] >= 3).all()
     assert checked > 0
 
 
@@ -611,11 +631,11 @@ def test_the_invariant_finds_wrong_implementations(mistake: str, monkeypatch: py
 def test_redrawing_plastic_units_changes_no_other_units_output(history: list[SHARP]) -> None:
     for method in history:
         before, ages = method.features(IMAGES, None), method.ages[-1]
-        weights = [layer.weight.detach().clone() for layer in method.network.units]
+        weights = [layer.weight.detach().clone() for layer in method.network.unit_layers]
         with torch.no_grad():
             method._redraw_plastic(17)
         assert torch.equal(method.features(IMAGES, None)[:, ages != 0], before[:, ages != 0])
-        for index, layer in enumerate(method.network.units):
+        for index, layer in enumerate(method.network.unit_layers):
             plastic, mask = method.ages[index + 1] == 0, method.masks[index]
             assert torch.equal(layer.weight[~plastic], weights[index][~plastic])
             assert (layer.bias[plastic] == 0).all()
@@ -687,25 +707,25 @@ def test_nothing_flows_through_plastic_units() -> None:
     plastic = method.ages[-1] == 0
     assert plastic.any()
     assert not plastic.all()
-    before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in method.network.units]
+    before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in method.network.unit_layers]
     method.step(batch_of(method, [0, 0, 1, 1], 1))
     assert (method.features(IMAGES, None)[:, plastic] == 0).all()
-    for index, layer in enumerate(method.network.units):
+    for index, layer in enumerate(method.network.unit_layers):
         rows = method.ages[index + 1] == 0
         assert layer.weight.grad is not None
         assert (layer.weight.grad[rows] == 0).all()
         assert torch.equal(layer.weight[rows], before[index][0][rows])
         assert torch.equal(layer.bias[rows], before[index][1][rows])
-    assert (method.network.units[-1].weight != before[-1][0]).any()
+    assert (method.network.unit_layers[-1].weight != before[-1][0]).any()
 
 
 def test_weight_decay_is_in_the_loss_and_spares_absent_connections() -> None:
     plain, decayed = ready(), ready(config=replace(SMALL, weight_decay=0.1))
     batch = batch_of(plain, [0, 0, 1, 1], 1)
-    squares = sum(float(p.square().sum()) for p in plain.network.parameters())
+    squares = sum(float(p.detach().square().sum()) for p in plain.network.parameters())
     difference = decayed.step(batch)["loss"] - plain.step(batch)["loss"]
     assert float(difference) == pytest.approx(0.1 * squares, rel=1e-4)
-    for layer, mask in zip(decayed.network.units, decayed.masks, strict=True):
+    for layer, mask in zip(decayed.network.unit_layers, decayed.masks, strict=True):
         assert (layer.weight[~mask] == 0).all()
 
 
@@ -733,15 +753,17 @@ def test_only_recent_episodes_are_kept_and_replayed(recent: int) -> None:
         kept = [e for e in range(episode + 1) if e > episode - recent]
         assert sorted(set(method.memory.episodes.tolist())) == kept
         assert method.memory.labels.tolist() == [c for e in kept for c in (2 * e, 2 * e + 1)]
-        assert sorted(method.norms.isfinite().any(1).nonzero()[:, 0].tolist()) == list(range(2 * episode + 2))
+        assert classes_with_vectors(method) == list(range(2 * episode + 2))
         size = 6 * 16 * 1 * 1  # stm_per_class activations
         assert learner.memory[episode]["activation_memory"] == 2 * len(kept) * (size + 8)
-        assert learner.memory[episode]["class_vectors"] == (2 * episode + 2) * (5 * WIDTH * 4 + WIDTH)
+        own = [vectors_of(method, label)[0] for label in range(0, 2 * episode + 2, 2)]  # one group per episode
+        assert learner.memory[episode]["class_vectors"] == sum(10 * (4 * len(u) + 4 + 8) + 8 * len(u) for u in own)
         assert learner.memory[episode]["connection_masks"] == sum(mask.numel() for mask in method.masks)
         assert learner.memory[episode]["unit_ages"] == 8 * (1 + 16 + 16 + 2 * WIDTH)
     for label in range(8):  # rewritten once per episode that replays them
         age = min(2 + recent, 2 + (3 - label // 2))
-        assert torch.equal(methods[-1].units[label], expected_units(methods, label // 2, age))
+        expected = expected_units(methods, label // 2, age)
+        assert torch.equal(vectors_of(methods[-1], label)[0], expected.nonzero()[:, 0])
 
 
 def expected_units(methods: list[SHARP], episode: int, age: int) -> Tensor:
@@ -760,8 +782,8 @@ def test_stored_activations_are_those_of_the_first_images() -> None:
     channels = methods[0].ages[2] != 0
     step = float(methods[0].memory.ranges[1].diff()) / 255
     assert (stored - hidden)[:, channels].abs().max() <= 0.51 * step
-    vectors = F.normalize(methods[0].features(images[:5], None) * methods[0].units[1], dim=1)
-    torch.testing.assert_close(methods[0].vectors[1], vectors)
+    units, vectors = vectors_of(methods[0], 1)
+    torch.testing.assert_close(vectors, F.normalize(methods[0].features(images[:5], None)[:, units], dim=1))
 
 
 def test_a_class_with_few_images_gives_what_it_has() -> None:
@@ -769,7 +791,7 @@ def test_a_class_with_few_images_gives_what_it_has() -> None:
     _, methods = episodes_of(config, tasks=3, num_classes=6)
     assert methods[-1].memory.available.tolist() == [12, 12]  # images per class
     assert methods[-1].memory.of_class(5).shape == (12, 16, 1, 1)
-    assert methods[-1].norms.isfinite().sum(1).tolist() == [12] * 6
+    assert [len(vectors_of(methods[-1], label)[1]) for label in range(6)] == [12] * 6
     assert methods[-1].classify(torch.rand(4, WIDTH), torch.ones(6).bool(), None).sum(1).tolist() == [3.0] * 4
 
 
@@ -787,8 +809,11 @@ def test_a_class_that_comes_again_is_stored_anew() -> None:
     assert isinstance(method, SHARP)
     assert sorted(method.memory.labels.tolist()) == [1, 2, 3]
     assert set(method.memory.episodes.tolist()) == {1}
-    assert torch.equal(method.units[1], method.units[0])  # both as replayed classes
-    assert (method.ages[-1][method.units[1]] >= 3).all()
+    units, vectors = vectors_of(method, 1)
+    assert torch.equal(units, vectors_of(method, 0)[0])  # both as replayed classes
+    assert (method.ages[-1][units] >= 3).all()
+    hidden = method.memory.of_class(1)[:5]  # the new ones
+    torch.testing.assert_close(vectors, F.normalize(method._from_early(hidden)[:, units], dim=1))
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
@@ -829,13 +854,13 @@ def test_pretrained_early_block_never_changes() -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         file = Net(True)
-    for index, layer in enumerate(methods[-1].network.units):
-        same = torch.equal(layer.weight, file.net.units[index].weight)
+    for index, layer in enumerate(methods[-1].network.unit_layers):
+        same = torch.equal(layer.weight, file.net.unit_layers[index].weight)
         assert same == (index < 2)
     assert methods[-1].masks[1].all()
     assert methods[-1].ages[1].tolist() == [103] * 16
-    rest = start.network.units[2].weight
-    assert not torch.equal(rest, file.net.units[2].weight * start.masks[2])  # drawn anew
+    rest = start.network.unit_layers[2].weight
+    assert not torch.equal(rest, file.net.unit_layers[2].weight * start.masks[2])  # drawn anew
     live = rest[start.masks[2]]
     assert float(live.std()) == pytest.approx((2 / rest.shape[1]) ** 0.5, rel=0.15)
 

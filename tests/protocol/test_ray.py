@@ -4,10 +4,13 @@ start. What needs no cluster stands at the end.
 
 import os
 import random
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 from studies import plan, records
-from test_kills import KILLS, assert_nothing_ran_twice, finish, progress, start, study_file, wait_for
+from test_kills import KILLS, assert_nothing_ran_twice, finish, progress, same_study, start, wait_for
 
 from clbench.errors import InputError
 from clbench.protocol.engines import InProcess, Ray, reach
@@ -26,10 +29,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def node(*words: str) -> None:
-    """Start a Ray node as a user would, with `ray start`."""
+    """Start a Ray node as a user would, with `ray start`. It is reached from this machine only, with the token."""
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--num-cpus=2",
-               "--disable-usage-stats", "--object-store-memory=100000000", *words]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "OMP_NUM_THREADS": "1"}
+               "--disable-usage-stats", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1",
+               *words]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -87,11 +91,11 @@ class LocalCluster:
 
 
 @pytest.fixture
-def cluster() -> Iterator[LocalCluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
+    """A cluster that only this test can join: recent Ray asks for a token, and whoever has it can run code here."""
     pytest.importorskip("ray")
-    import shutil
-    import tempfile
-
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # sockets need a short path
     made = LocalCluster(folder)
     try:
@@ -105,7 +109,7 @@ def cluster() -> Iterator[LocalCluster]:
 def test_two_nodes_give_the_same_study(cluster: LocalCluster, tmp_path: Path) -> None:
     finish(tmp_path / "here")
     finish(tmp_path / "there", "--engine", "ray", "--address", cluster.up())
-    assert study_file(tmp_path / "there") == study_file(tmp_path / "here")
+    assert same_study(tmp_path / "there", tmp_path / "here")
     assert_nothing_ran_twice(tmp_path / "there", 3, 0)
 
 
@@ -124,7 +128,7 @@ def test_workers_are_killed(cluster: LocalCluster, tmp_path: Path) -> None:
             kill([rng.choice(at_work)])
             hit += 1
     assert process.wait(timeout=600) == 0, (tmp_path / "killed.log").read_text()[-2000:]
-    assert study_file(out) == study_file(tmp_path / "whole")
+    assert same_study(out, tmp_path / "whole")
     assert_nothing_ran_twice(out, 8, hit)
     assert hit >= 2, "hardly any worker was hit: nothing was tested"
 
@@ -152,7 +156,7 @@ def test_driver_or_head_is_killed(cluster: LocalCluster, tmp_path: Path, victim:
             address = cluster.up()
         process.wait()
     finish(out, *more, "--engine", "ray", "--address", address)
-    assert study_file(out) == study_file(tmp_path / "whole")
+    assert same_study(out, tmp_path / "whole")
     assert_nothing_ran_twice(out, 8, 2 * kills * 2)  # up to four runs were at work at each kill
 
 

@@ -118,7 +118,7 @@ def test_instances_of_one_category() -> None:
 
 def test_knowing_the_category_is_right_one_time_in_m() -> None:
     """Whoever tells categories apart but not exemplars is left with m answers, of which one is right."""
-    for m in (2, 5):
+    for m in (5, 10):
         scenario = build([TABLE], 0, Params(support_sets=10, classes=5, instance=True, per_category=m))
         shown = torch.cat([task.rows for task in scenario.tasks])
         of = torch.cat([task.targets for task in scenario.tasks])
@@ -142,6 +142,9 @@ def test_overlays() -> None:
     assert len({tuple(row.tolist()) for row in noise.table}) == 6, "every query is changed in its own way"
     sized = Params(support_sets=2, classes=3, instance=True, corruption="noise", size=5)
     assert build([balanced("mine", 60, 12, 3)], 0, sized).domains.table.shape == (6, 25)
+    stronger = Params(support_sets=4, classes=3, instance=True, corruption="noise", level=0.75)
+    more = build([TABLE], 0, stronger).domains.table[:6]
+    assert torch.equal(more[noise.table >= 0], noise.table[noise.table >= 0]), "more corruption adds to the same pixels"
     none = Params(support_sets=2, classes=3, instance=True, corruption="noise", level=0.0)
     assert (build([TABLE], 0, none).domains.table == -1).all()
 

@@ -2,7 +2,7 @@
 
 Splits are those of the MTIL benchmark (`mtil` card, section 4): FGVC-Aircraft `train` and `test`, DTD partition 1
 `train` and `test`, Flowers102 `trnid` and `tstid` (their validation images are left out), Oxford-IIIT Pet `trainval`
-and `test`; Food-101, Stanford Cars and CUB-200-2011 as their makers split them. Class names are spelt as in torchvision.
+and `test`; Food-101, Stanford Cars and CUB-200-2011 as their makers split them. Classes are named as in torchvision.
 """
 
 import json
