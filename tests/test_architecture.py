@@ -14,7 +14,7 @@ ORDER = [
 ENGINE = {
     "torch", "numpy", "pandas", "pyarrow", "timm", "pydantic", "PIL", "safetensors",
     # lazily, inside one function each: the digits, the download of standard files, the exchange with Avalanche
-    "sklearn", "torchvision", "huggingface_hub", "avalanche",
+    "sklearn", "torchvision", "huggingface_hub", "scipy", "avalanche",
 }  # fmt: skip
 SHOWN = {"report", "protocol", "doctor", "api", "cli"}
 

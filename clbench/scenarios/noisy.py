@@ -99,10 +99,10 @@ def build(
     trains, vals = (cut(rows, labels[rows], num_classes) for rows in pool)  # by class
     tasks = []
     for index, classes in enumerate(plan):
-        rows = np.concatenate([trains[c] for c in classes])
+        rows = np.sort(np.concatenate([trains[c] for c in classes]))
         rows = rows[frozen_random(seed, "noisy rows", index).permutation(len(rows))]
         new = np.flatnonzero(introduced == index)
-        val = np.concatenate([pool.val[:0], *(vals[c] for c in new)])
+        val = np.sort(np.concatenate([pool.val[:0], *(vals[c] for c in new)]))
         tasks.append(
             Task(
                 rows=tensor(rows),

@@ -44,10 +44,9 @@ family() {
       ;;
     task) both split-cifar100 --scenario-set per_class=20 --scenario-set setting=task ;;
     few-shot)
-      for method in er nmc; do
-        for scenario in cfsl-omniglot cfsl-omniglot-instance; do
-          $clbench run --method $method --scenario $scenario "${common[@]}" --eval-every 5
-        done
+      for scenario in cfsl-omniglot cfsl-omniglot-instance; do
+        $clbench run --method nmc --scenario $scenario "${common[@]}" --backbone flatten --eval-every 5
+        $clbench run --method er --scenario $scenario "${common[@]}" --backbone mlp --set lr=0.05 --eval-every 5
       done
       ;;
     all) for each in si-blurry hle power-law mtil domain task few-shot; do family $each; done ;;

@@ -54,7 +54,7 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
         words = shlex.split(line.replace("CLASS", "x"))[1:]
         if words[0].startswith("--"):
             continue
-        path = tuple(words[:2]) if words[0] == "data" else (words[0],)
+        path = tuple(words[:2]) if words[0] in ("data", "protocol") else (words[0],)
         assert path in COMMANDS, line
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert given <= COMMANDS[path], line
@@ -89,14 +89,14 @@ def test_the_method_of_the_page_conforms_and_runs(clbench: CommandLine, tmp_path
 
 
 def test_the_scenario_of_the_page_conforms_and_runs(clbench: CommandLine, tmp_path: Path) -> None:
-    (tmp_path / "noisy-digits.py").write_text(blocks("docs/add-a-scenario.md", "python")[0])
+    (tmp_path / "mislabelled-digits.py").write_text(blocks("docs/add-a-scenario.md", "python")[0])
     words = ("--scenario-set", "noise=0.5")
-    check = clbench("check", "noisy-digits.py", *words)
+    check = clbench("check", "mislabelled-digits.py", *words)
     assert check.code == 0, check.out
-    assert clbench("show", "noisy-digits.py", *words).code == 0
-    run = clbench("run", "--method", "finetune", "--scenario", "noisy-digits.py", *words, "--epochs", "1")
+    assert clbench("show", "mislabelled-digits.py", *words).code == 0
+    run = clbench("run", "--method", "finetune", "--scenario", "mislabelled-digits.py", *words, "--epochs", "1")
     assert run.code == 0, run.err
-    assert (tmp_path / "results/runs/noisy-digits@1/finetune").is_dir()
+    assert (tmp_path / "results/runs/mislabelled-digits@1/finetune").is_dir()
 
 
 def test_the_python_of_the_quick_start_runs(

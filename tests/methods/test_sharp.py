@@ -149,6 +149,7 @@ def test_every_vector_is_used() -> None:
 
 # -- units and connections -------------------------------------------------------------------------------------------
 @given(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=20), st.floats(1, 100))
+@settings(deadline=None)
 def test_most_active_is_the_shortest_prefix(activity: list[float], percent: float) -> None:
     values = torch.tensor(activity, dtype=torch.float64)
     picked = most_active(values, percent)
@@ -165,6 +166,7 @@ ages_of = partial(st.lists, st.integers(0, 4), min_size=1, max_size=9)
 
 
 @given(ages_of(), st.data())
+@settings(deadline=None)
 def test_selection_moves_plastic_and_learning_units_alone(values: list[int], data: st.DataObject) -> None:
     ages = torch.tensor(values)
     chosen = torch.tensor(data.draw(st.lists(st.integers(0, len(values) - 1), unique=True)), dtype=torch.int64)
@@ -178,6 +180,7 @@ def test_selection_moves_plastic_and_learning_units_alone(values: list[int], dat
 
 
 @given(ages_of(), ages_of(), st.sampled_from([1, 9]), st.integers(0, 10**6))
+@settings(deadline=None)
 def test_drop_and_grow_keep_the_number_of_connections(
     sources: list[int], targets: list[int], area: int, seed: int
 ) -> None:
@@ -265,6 +268,7 @@ def test_codes_round_half_to_even() -> None:
 
 
 @given(st.integers(0, 999), st.floats(0.01, 100))
+@settings(deadline=None)
 def test_a_code_is_off_by_half_a_step_at_most(seed: int, scale: float) -> None:
     values = torch.randn((5, 2, 3, 3), generator=generator(seed, "v")).relu() * scale
     codes, ranges = quantise(values)
@@ -281,6 +285,7 @@ def test_equal_activations_are_stored_as_they_are() -> None:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 40), st.integers(0, 999))
+@settings(deadline=None)
 def test_replay_draws(available: list[int], num: int, seed: int) -> None:
     which, place = draw_replay(torch.tensor(available), 6, num, generator(seed, "replay"))
     counts = [int((which == c).sum()) for c in range(len(available))]

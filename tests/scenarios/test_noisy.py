@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from label_tables import balanced, real_layout, tables
 
@@ -19,6 +19,7 @@ seeds = st.integers(0, 2**32)
 
 
 @given(st.integers(1, 30), st.data())
+@settings(deadline=None)
 def test_episodes_are_the_cards(num_classes: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, num_classes))
     novelty = data.draw(st.floats(0.05, 1.0))
@@ -69,6 +70,7 @@ def test_all_new_gives_disjoint_episodes() -> None:
 
 
 @given(tables(), st.data())
+@settings(deadline=None)
 def test_tables_on_random_data(table: LabelTable, data: st.DataObject) -> None:
     num_classes = len(set(table.labels.tolist()))
     params = Params(
@@ -91,13 +93,11 @@ def test_tables_on_random_data(table: LabelTable, data: st.DataObject) -> None:
 
 
 @given(tables(), st.data())
+@settings(deadline=None)
 def test_validation_rows_come_once_with_their_class(table: LabelTable, data: st.DataObject) -> None:
     params = Params(classes_per_task=1, novelty=0.5, val_share=0.3)
-    try:
-        scenario = build([table], data.draw(st.integers(0, 50)), params)
-    except InputError as error:
-        assert "leaves no training rows" in str(error)
-        return
+    assume(int(torch.bincount(table.labels[table.split == TRAIN]).min()) > 1)  # a class needs one of each
+    scenario = build([table], data.draw(st.integers(0, 50)), params)
     assert [check for check in check_scenario(scenario, [table]) if not check.ok] == []
     kept = torch.cat([task.val[0] for task in scenario.tasks if task.val is not None])
     assert len(kept.unique()) == len(kept)
