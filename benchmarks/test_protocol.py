@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m pytest benchmarks/test_protocol.py -s
 
-Interleaved: a study of n trials, then the same n runs through `resolve` and `run`, several times; the medians are compared.
+Interleaved: a study of n trials, then the same n runs through `resolve` and `run`, several times; medians are compared.
 For Ray the start of the cluster is left out (one trial is run first), and the trials run one at a time, so that the
 difference is what a task costs.
 """

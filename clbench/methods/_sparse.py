@@ -21,9 +21,10 @@ def most_active(activity: Tensor, percent: float) -> Tensor:
     The unit that reaches the threshold is included, the lower index comes first among equals; an all-zero layer gives
     one unit. Source: card, step 7.
     """
-    ordered, indices = activity.double().sort(descending=True, stable=True)
-    below = ordered.cumsum(0) < activity.double().sum() * percent / 100
-    return indices[: int(below.sum()) + 1]
+    values = activity.double().cpu()  # sums in a fixed order: a GPU's cumulative sum may differ from run to run
+    ordered, indices = values.sort(descending=True, stable=True)
+    below = ordered.cumsum(0) < values.sum() * percent / 100
+    return indices[: int(below.sum()) + 1].to(activity.device)
 
 
 def select(ages: Tensor, chosen: Tensor) -> Tensor:

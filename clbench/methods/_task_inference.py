@@ -35,7 +35,7 @@ def g_objective(logits: Tensor, num_real: int) -> Tensor:
 
 def keep_better_half(gradients: Tensor, keep: Tensor, count: int) -> Tensor:
     """Of `count` candidates in each row of `keep` (N, n) bool, the `ceil(count / 2)` of lowest gradient (N, n)."""
-    order = gradients.masked_fill(~keep, torch.inf).argsort(1, stable=True)
+    order = gradients.masked_fill(~keep, torch.inf).argsort(dim=1, stable=True)
     return torch.zeros_like(keep).scatter_(1, order[:, : -(-count // 2)], True)
 
 

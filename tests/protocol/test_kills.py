@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from studies import records, words
+
+from clbench.cli import main
 
 KILLS = int(os.environ.get("CLBENCH_KILLS", "10"))
 
@@ -38,7 +39,7 @@ def study_file(out: Path) -> bytes:
 
 
 def same_study(one: Path, other: Path) -> bool:
-    """Byte for byte, unless somebody edits or commits the package while the test runs: then all but the code version."""
+    """Byte for byte, unless somebody changes the package while the test runs: then all but the code version."""
     if study_file(one) == study_file(other):
         return True
     contents = [json.loads(study_file(out)) for out in (one, other)]
@@ -53,10 +54,10 @@ def progress(out: Path) -> int:
     return sum(1 for path in out.rglob("*") if path.is_file())
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> bool:
-    """Wait until the condition holds; False if the process ended before."""
-    deadline = time.monotonic() + seconds
-    while not condition():
+def wait_for_files(out: Path, more: int, process: subprocess.Popen[bytes], seconds: float = 300) -> bool:
+    """Wait until there are so many more files; False if the process ended before."""
+    deadline, goal = time.monotonic() + seconds, progress(out) + more
+    while progress(out) < goal:
         if process.poll() is not None:
             return False
         assert time.monotonic() < deadline, "the study does not get on"
@@ -76,15 +77,15 @@ def assert_nothing_ran_twice(out: Path, trials: int, kills: int) -> None:
 
 
 def disturbed(out: Path, kills: int, rng: random.Random, *more: object) -> int:
-    """Start the study and kill it, `kills` times, each time further on; then let it finish. Returns the kills that hit."""
+    """Start the study and kill it, `kills` times, each time further on; then let it end. Returns how often it hit."""
     hit = 0
     for _ in range(kills):
         process = start(out, *more)
-        if wait_for(lambda goal=progress(out) + rng.randint(1, 25): progress(out) >= goal, process):  # type: ignore[misc]
+        if wait_for_files(out, rng.randint(1, 25), process):
             time.sleep(rng.random() * 0.2)
         if process.poll() is None:
             hit += 1
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     finish(out, *more)
     return hit
@@ -96,13 +97,14 @@ def disturbed(out: Path, kills: int, rng: random.Random, *more: object) -> int:
 )
 def test_the_driver_is_killed(tmp_path: Path, kills: int, trials: int) -> None:
     more = ("--trials", trials)
-    finish(tmp_path / "whole", *more)
+    assert main(words(tmp_path / "whole", *more)) == 0
     hit = disturbed(tmp_path / "killed", kills, random.Random(7), *more)
     assert same_study(tmp_path / "killed", tmp_path / "whole")
     assert_nothing_ran_twice(tmp_path / "killed", trials, hit)
     assert hit >= min(kills, 2), "hardly any kill hit: nothing was tested"
 
 
+@pytest.mark.slow
 def test_two_drivers_at_once_share_the_work(tmp_path: Path) -> None:
     both = [start(tmp_path / "shared") for _ in range(2)]
     assert [process.wait(timeout=300) for process in both] == [0, 0], (tmp_path / "shared.log").read_text()[-2000:]

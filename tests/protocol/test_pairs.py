@@ -165,7 +165,9 @@ def test_the_same_pictures_under_other_names_are_found(tmp_path: Path) -> None:
 
 
 def test_a_different_configuration_is_named() -> None:
-    found = compare(open_phase("split-digits-a", {}, (0,), ()), open_phase("split-digits-b", {"increment": 1}, (0,), ()))
+    found = compare(
+        open_phase("split-digits-a", {}, (0,), ()), open_phase("split-digits-b", {"increment": 1}, (0,), ())
+    )
     assert found.differences == ("tasks: 3 and 5", "classes per task: [2, 2, 1] and [1, 1, 1, 1, 1]")
 
 

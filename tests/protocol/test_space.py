@@ -33,7 +33,7 @@ def test_choices_and_whole_numbers_are_equally_likely() -> None:
     choices = [Dimension("x", choices=("a", "b", "c")).value(u) for u in grid]
     assert {name: choices.count(name) for name in "abc"} == {"a": 400, "b": 400, "c": 400}
     numbers = [Dimension("x", low=1, high=4, integer=True).value(u) for u in grid]
-    assert {n: numbers.count(n) for n in range(1, 5)} == {n: 300 for n in range(1, 5)}
+    assert {n: numbers.count(n) for n in range(1, 5)} == dict.fromkeys(range(1, 5), 300)
 
 
 def test_text_of_the_command_line() -> None:

@@ -234,7 +234,9 @@ def test_a_study_of_another_method_file_or_other_weights_is_refused(frozen: Path
         evaluate(frozen, "split-digits-b", InProcess(), seeds=(0,), params=TINY, where=WHERE, method="er")
     (tmp_path / "weights.pt").write_bytes(b"x")
     with pytest.raises(InputError, match="other --weights"):
-        evaluate(frozen, "split-digits-b", InProcess(), params=TINY, where={**WHERE, "weights": tmp_path / "weights.pt"})
+        evaluate(
+            frozen, "split-digits-b", InProcess(), params=TINY, where={**WHERE, "weights": tmp_path / "weights.pt"}
+        )
 
 
 def test_overlap_is_refused_or_marked_everywhere(frozen: Path, tmp_path: Path) -> None:
@@ -288,7 +290,7 @@ def test_if_all_trials_fail_nothing_is_frozen(tmp_path: Path) -> None:
         fixed={"epochs": 3, "batch_size": 5, "set": {"weight_decay": "1.0", "momentum": "0.99"}},
     )  # fmt: skip
     prepared = prepare(wild)
-    with pytest.raises(RunFailed, match="all 2 trials of finetune on split-digits-a@1 failed.*became"):
+    with pytest.raises(RunFailed, match=r"all 2 trials of finetune on split-digits-a@1 failed.*became"):
         tune(prepared, InProcess())
     assert not prepared.file.exists()
 
@@ -361,7 +363,9 @@ def test_a_method_without_a_space_can_be_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_space_given_by_hand_replaces_the_declared_one(tmp_path: Path) -> None:
-    prepared = prepare(plan(tmp_path, overrides=(replace(LR, low=0.01, high=0.02), Dimension("momentum", choices=(0.9,)))))
+    prepared = prepare(
+        plan(tmp_path, overrides=(replace(LR, low=0.01, high=0.02), Dimension("momentum", choices=(0.9,))))
+    )
     described = prepared.space.describe()
     assert described["lr"]["low"] == 0.01
     assert described["momentum"]["choices"] == [0.9]

@@ -11,9 +11,7 @@ from clbench.protocol.track import EXPERIMENT, log_results
 from clbench.protocol.two_phase import Target, run_protocol
 
 
-def test_nested_runs_once_and_a_dead_server_costs_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nested_runs_once_and_a_dead_server_costs_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
     small = plan(tmp_path / "studies", search=SearchPlan("uniform", 2), seeds=(0,))
