@@ -87,8 +87,9 @@ class ExSSNeT(MaskTraining):
         return {"loss": loss}
 
     def end_epoch(self, task: Task, phase: Phase, at: Cursor) -> bool:
-        super().end_epoch(task, phase, at)
-        return phase.name == "weight" and not self.free
+        if phase.name == "weight" and not self.free:
+            return True
+        return super().end_epoch(task, phase, at)
 
     def end_phase(self, task: Task, phase: Phase, at: Cursor) -> None:
         if phase.name == "weight":

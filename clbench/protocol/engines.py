@@ -22,6 +22,7 @@ __all__ = ["Engine", "InProcess", "Ray", "Report"]
 Report = Callable[[int, int, Job, Outcome], None]  # finished so far, total, and the one that has just finished
 VISIBLE_SECONDS = 30.0  # a shared file system may show a file late
 CONNECT_SECONDS = 5.0
+HEAD_SECONDS, HEAD_TRIES = 5.0, 3
 PASSED_ON = ("CLBENCH_DATA", "CLBENCH_CACHE")
 
 
@@ -95,8 +96,10 @@ class Ray:
         )
         env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         waiting = {task.remote(job, str(folder.absolute()), env): job for job in todo}
+        head = Head(ray.get_runtime_context().gcs_address)
         try:
             while waiting:
+                head.check()
                 ready, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
                 for reference in ready:
                     job = waiting.pop(reference)
@@ -106,8 +109,8 @@ class Ray:
                     if report is not None:
                         report(len(outcomes), total, job, outcome)
         finally:
-            for reference in waiting:
-                with suppress(Exception):  # the cluster may be what broke
+            for reference in waiting if not head.lost else ():  # a dead head would block
+                with suppress(Exception):
                     ray.cancel(reference)
         return outcomes
 
@@ -167,6 +170,33 @@ class Ray:
                 f"{job.label}: its worker was lost {self.retries + 1} times, or the cluster is gone ({reason}); what "
                 f"is finished is kept, and the same command goes on"
             ) from error
+
+
+class Head:
+    """The cluster's head, asked now and then whether it still listens: Ray itself notices after a minute only, and then
+    ends the process without a word of ours."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.lost = False
+        self._asked, self._silent = time.monotonic(), 0
+
+    def check(self) -> None:
+        """Raise RunFailed if it has not answered several times in a row."""
+        if time.monotonic() - self._asked < HEAD_SECONDS:
+            return
+        self._asked = time.monotonic()
+        try:
+            reach(self.address)
+            self._silent = 0
+        except InputError:
+            self._silent += 1
+        if self._silent >= HEAD_TRIES:
+            self.lost = True
+            raise RunFailed(
+                f"the head of the Ray cluster at {self.address} is gone; what is finished is kept: start the cluster "
+                f"again, and the same command goes on"
+            )
 
 
 class Preempted(Exception):

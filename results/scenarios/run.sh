@@ -22,9 +22,9 @@ family() {
   local mnist=(--scenario power-law-mnist --scenario-set dataset=mnist-subset --scenario-set per_class=500
     --scenario-set tasks=5 --batch-size 32 --eval-every 10)
   case $1 in
-    si-blurry) both si-blurry-cifar100 --scenario-set per_class=20 ;;
+    si-blurry) both si-blurry-cifar100 --scenario-set per_class=100 ;;
     hle)
-      both hle-cifar100 --scenario-set per_class=20 --updates-per-batch 3
+      both hle-cifar100 --scenario-set per_class=50 --updates-per-batch 3
       both hle-groceries
       ;;
     power-law) # the same stream for a learner without memory, with and without rehearsal in it
