@@ -49,8 +49,8 @@ def neighbour_accuracy(features: Tensor, targets: Tensor, neighbours: int, num_c
 def choose_sources(accuracies: Sequence[float], num_classes: int, rule: str) -> list[int]:
     """Earlier tasks to start from. accuracies: one per earlier task, in [0, 1].
 
-    `knn_best`: the best one if it is strictly above chance `1 / num_classes`; `knn_always`: the best one; `knn_all`: all
-    above chance. Equal ones: the earliest. Source: card, section 2.
+    `knn_best`: the best one if it is strictly above chance `1 / num_classes`; `knn_always`: the best one; `knn_all`:
+    all above chance. Equal ones: the earliest. Source: card, section 2.
     """
     if not accuracies:
         return []

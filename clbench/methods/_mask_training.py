@@ -33,6 +33,7 @@ from clbench.stream.types import Batch, Cursor, Phase
 __all__ = ["MaskTraining", "SupermaskConfig", "WeightConfig"]
 
 CACHE_BYTES = 256 * 2**20  # masked weights of earlier tasks that are kept ready
+SURELY_ALL = 20  # rows kept out per class, from which on a class without any is no chance
 NEVER = -1e4  # logit of classes that a task's head does not have
 
 
@@ -62,8 +63,8 @@ class SupermaskConfig:
         low=0.0, high=0.9, source="ours; card, 6.3",
     )  # fmt: skip
     transfer: str = hp(
-        "none", "scores that a task starts from: random (none), or by KKT those of the earlier task whose features tell "
-        "its classes apart best (knn_best; knn_always: also at chance; knn_all: mean of all above chance)",
+        "none", "scores that a task starts from: random (none), or by KKT those of the earlier task whose features "
+        "tell its classes apart best (knn_best; knn_always: also at chance; knn_all: mean of all above chance)",
         choices=("none", "knn_best", "knn_always", "knn_all"), source="official code: none; the paper's KKT: knn_best",
     )  # fmt: skip
     neighbours: int = hp(200, "nearest neighbours of KKT", low=1, high=100_000, source="official code")
@@ -115,8 +116,8 @@ class MaskTraining(Method):
         for classes in self._tasks:
             self._position[classes] = torch.arange(len(classes), device=device)
         self._class_at = [torch.tensor(classes, device=device) for classes in self._tasks]
-        relus = [module for module in backbone.modules()][-1:]
-        self._last_relu = relus[0] if isinstance(relus[0], nn.ReLU) else None
+        last = list(backbone.modules())[-1]
+        self._last_relu = last if isinstance(last, nn.ReLU) else None  # of a network that ends in one
 
         network, num_bytes = self._network, math.ceil(len(self._network) / 8)
         self.weights = network.weights
@@ -410,13 +411,17 @@ class MaskTraining(Method):
                 f"or set selection=last and scheduler=cosine"
             )
         held = self._num_held(task)
-        left = task.targets[: len(task.targets) - held]
-        missing = sorted(set(task.targets.tolist()) - set(left.tolist()))
-        if missing:
+        left, kept = (part.unique().tolist() for part in task.targets.split([len(task.targets) - held, held]))
+        classes = set(left) | set(kept)
+        lacking = classes - set(left)
+        if held >= SURELY_ALL * len(classes):  # of that many rows each class has one, unless they are sorted by class
+            lacking |= classes - set(kept)
+        if lacking:
             raise InputError(
-                f"{self._name} keeps the last {held} rows of {where} for validation, which leaves none of class "
-                f"{self.setting.classes.names[missing[0]]!r} to train on: let the scenario keep validation rows "
-                f"(--scenario-set val_share={config.val_share}), or set selection=last and scheduler=cosine"
+                f"{self._name} keeps the last {held} rows of {where} for validation, but class "
+                f"{self.setting.classes.names[min(lacking)]!r} is then only in one of the two parts: let the scenario "
+                f"keep validation rows (--scenario-set val_share={config.val_share}), or set selection=last and "
+                f"scheduler=cosine"
             )
         if self._network.norms and min(len(left), self.setting.batch_size) < 2:
             raise InputError(

@@ -2,8 +2,8 @@
 
 Idea: SupSup finds a subnetwork of fixed random weights for each task. ExSSNeT goes on and trains those of its weights
 that lie in no earlier task's mask. A task computes with all of its mask, earlier tasks' trained weights included
-(forward transfer), but writes only what is unclaimed, so earlier tasks' answers stay the same to the bit. KKT may give a
-new task the scores of an earlier one to start from. The task must be known at test. No exemplars.
+(forward transfer), but writes only what is unclaimed, so earlier tasks' answers stay the same to the bit. KKT may give
+a new task the scores of an earlier one to start from. The task must be known at test. No exemplars.
 
 Paper: Yadav, Bansal: Exclusive Supermask Subnetwork Training for Continual Learning (arXiv 2210.10209, Findings of ACL
 2023). Official code: prateeky2806/exessnet. Spec: card `exssnet`. What is shared with SupSup, and what differs from the

@@ -1,7 +1,7 @@
 """SSNeT: a supermask per task, then training of all weights in it, earlier tasks' included; so it forgets.
 
-The ablation of ExSSNeT (`exssnet.py`) that shows what exclusive writes are for. Paper: Yadav, Bansal (arXiv 2210.10209);
-official code: prateeky2806/exessnet, `--weight-mask-type original`. Spec: card `exssnet`.
+The ablation of ExSSNeT (`exssnet.py`) that shows what exclusive writes are for. Paper: Yadav, Bansal (arXiv
+2210.10209); official code: prateeky2806/exessnet, `--weight-mask-type original`. Spec: card `exssnet`.
 """
 
 from clbench.methods._mask_training import WeightConfig

@@ -6,8 +6,8 @@ running batch-norm statistics). Nothing is shared but the weights, so nothing is
 Setting `task`: the task of an image is known (GG). Setting `class`: it is inferred from the images (GN), by superposed
 masks; see `_task_inference.py`.
 
-Paper: Wortsman et al.: Supermasks in Superposition (NeurIPS 2020). Official code: RAIVNLab/supsup; the training is that of
-prateeky2806/exessnet, where SupSup is the baseline. Spec: card `exssnet`. What differs: `_mask_training.py`.
+Paper: Wortsman et al.: Supermasks in Superposition (NeurIPS 2020). Official code: RAIVNLab/supsup; the training is that
+of prateeky2806/exessnet, where SupSup is the baseline. Spec: card `exssnet`. What differs: `_mask_training.py`.
 
 Shapes: B batch, C classes of the scenario, c outputs of the head, P masked weights, T tasks.
 """
@@ -33,7 +33,7 @@ class SupSupConfig(SupermaskConfig):
 
     rule: str = hp(
         "top", "mask from scores s: the largest |s| of each layer (top), or s >= 0 whatever the density (threshold)",
-        choices=("top", "threshold"), source="official code: top with BatchNorm networks, threshold where tasks are inferred",
+        choices=("top", "threshold"), source="card, section 2: threshold where the official code infers tasks",
     )  # fmt: skip
     inference: str = hp(
         "oneshot", "task of an image: from one gradient (oneshot), or by halving the candidates (binary)",
@@ -80,8 +80,8 @@ class SupSup(MaskTraining):
         return mask.to(self.scores.dtype) if out is None else out.copy_(mask)
 
     def logits(self, images: Tensor, allowed: Tensor, task: int | None) -> Tensor:
-        """(B, C): by the task's mask; with `task` None by the mask of the task that is inferred, whose classes alone are
-        answered."""
+        """(B, C): by the task's mask; with `task` None by the mask of the task that is inferred, whose classes alone
+        are answered."""
         if task is not None or len(images) == 0:
             return super().logits(images, allowed, 0 if task is None else task)
         begun = max(self.num_finished + (self.current is not None), 1)

@@ -8,7 +8,7 @@ out=${2:-results/runs}
 clbench="${PYTHON:-python} -m clbench"
 cpu=(--threads 1 --out "$out")
 mnist=(--scenario split-mnist --scenario-set dataset=mnist-subset --scenario-set per_class=1000)
-# short CPU recipe, not the paper's: 5 tasks, 50 images per class, 6 epochs of each phase, batches of 16
+# short CPU recipe, not the paper's: 5 tasks, 50 images per class, 3 epochs of each phase, batches of 16
 cifar=(--scenario split-cifar100 --scenario-set tasks=5 --scenario-set per_class=50 --scenario-set setting=task
   --scenario-set order=natural --eval-every 0 --batch-size 16)
 domains=(--scenario mtil-small --scenario-set per_class=20 --scenario-set test_per_class=20
@@ -26,9 +26,9 @@ case $what in
     done
     ;;
   masks-cifar100) # the same rate for all masks, 0.001, and as many epochs in all
-    $clbench run --method supsup "${cifar[@]}" --epochs 12 --set mask_lr=0.001 "${cpu[@]}"
-    $clbench run --method ssnet "${cifar[@]}" --epochs 6 "${cpu[@]}"
-    $clbench run --method exssnet "${cifar[@]}" --epochs 6 "${cpu[@]}"
+    $clbench run --method supsup "${cifar[@]}" --epochs 6 --set mask_lr=0.001 "${cpu[@]}"
+    $clbench run --method ssnet "${cifar[@]}" --epochs 3 "${cpu[@]}"
+    $clbench run --method exssnet "${cifar[@]}" --epochs 3 "${cpu[@]}"
     ;;
   clr)
     $clbench run --method clr "${domains[@]}" --seeds 1-2 "${cpu[@]}"

@@ -1,6 +1,7 @@
-"""SupSup, SSNeT and ExSSNeT against the vectors of their card, against a plain autograd reference, and the invariants."""
+"""SupSup, SSNeT and ExSSNeT against the vectors of their card and plain references, and the card's invariants."""
 
 import copy
+import itertools
 import json
 import math
 import tomllib
@@ -35,6 +36,7 @@ from clbench.methods._supermask import (
     overlap,
     pack_bits,
     score_gradient,
+    select_largest,
     signed_constant,
     top_mask,
     unpack_bits,
@@ -211,6 +213,29 @@ def test_mask_keeps_the_exact_number_of_the_largest(size: int, density: float, s
     if not ties:
         assert torch.equal(mask, sorted_mask(scores, density))
         assert torch.equal(mask, top_mask(scores * 3.7, density))  # order alone matters
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(20, 3000), st.floats(0.0005, 1.0), st.integers(0, 10**6), st.sampled_from(["plain", "ties", "block"])
+)
+def test_mask_from_a_sampled_threshold(size: int, density: float, seed: int, kind: str) -> None:
+    """Also where the sample misleads: equal values, and large ones that lie together."""
+    values = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    if kind == "ties":
+        values = (values * 3).round()
+    elif kind == "block":
+        values[: size // 3] += 1
+        values[::7] = -1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clbench.methods._supermask.SAMPLE", 3)
+        kept = max(num_kept(size, density), 1)
+        mask = torch.full((size,), 7.0)
+        select_largest(values, kept, mask)
+    assert set(mask.tolist()) <= {0.0, 1.0}
+    assert int(mask.sum()) == kept
+    on, off = values[mask == 1], values[mask == 0]
+    assert not len(off) or on.min() >= off.max()
 
 
 @settings(max_examples=40, deadline=None)
@@ -401,7 +426,7 @@ def test_once_all_is_used_a_task_keeps_its_mask_alone() -> None:
     method: Any = learner.method
     assert method.overlaps == pytest.approx([0, 100, 100])
     starts = [*learner.task_starts, learner.at.step]
-    steps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(starts)]
     per_epoch = -(-round(2 * PER_CLASS * 0.9) // 6)
     assert steps == [4 * per_epoch, 3 * per_epoch, 3 * per_epoch]  # two mask epochs, one weight epoch that does nothing
 
@@ -740,8 +765,8 @@ def test_threshold_masks() -> None:
 
 # -- kill and resume -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("cls", "config"), [
-    (SupSup, {"transfer": "knn_best", "neighbours": 3}), (SSNeT, {}), (ExSSNeT, {"transfer": "knn_all", "density": 0.6}),
-    (ExSSNeT, {"scheduler": "cosine", "selection": "last"}),
+    (SupSup, {"transfer": "knn_best", "neighbours": 3}), (SSNeT, {}),
+    (ExSSNeT, {"transfer": "knn_all", "density": 0.6}), (ExSSNeT, {"scheduler": "cosine", "selection": "last"}),
 ])  # fmt: skip
 def test_survives_kill(cls: type[Any], config: dict[str, Any]) -> None:
     scenario = task_scenario(defaults=StreamDefaults(batch_size=8, epochs=2))
@@ -858,8 +883,14 @@ def test_scenarios_that_cannot_be_used_are_refused() -> None:
         make(scenario=replace(scenario, tasks=(wrong, *scenario.tasks[1:]))).plans()
     ordered = scenario.tasks[0]
     ordered = ordered._replace(rows=ordered.rows.sort().values, targets=ordered.targets.sort().values)
-    with pytest.raises(InputError, match="leaves none of class 'class 1' to train on"):
-        make(scenario=replace(scenario, tasks=(ordered, *scenario.tasks[1:])), config={"val_share": 0.6}).plans()
+    sorted_rows = replace(scenario, tasks=(ordered, *scenario.tasks[1:]))
+    with pytest.raises(InputError, match=r"last 14 rows .* class 'class 1' is then only in one of the two parts"):
+        make(scenario=sorted_rows, config={"val_share": 0.6}).plans()
+    assert make(scenario=sorted_rows, config={"val_share": 0.4}).plans()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clbench.methods._mask_training.SURELY_ALL", 5)
+        with pytest.raises(InputError, match="class 'class 0' is then only in one"):
+            make(scenario=sorted_rows, config={"val_share": 0.42}).plans()
     single = replace(scenario, defaults=StreamDefaults(batch_size=1, epochs=1))
     with pytest.raises(InputError, match="need two images"):
         make(scenario=single).plans()

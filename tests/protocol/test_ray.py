@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import plan, records
+from studies import plan, records, same
 from test_kills import KILLS, assert_nothing_ran_twice, finish, same_study, start, wait_for_files
 
 from clbench.errors import InputError
@@ -179,7 +179,7 @@ def test_ray_on_this_machine_and_a_study_that_moves(tmp_path: Path) -> None:
     ray = Ray(cpus=0.5)
     try:
         tune(prepare(there), ray)
-        assert prepare(there).file.read_bytes() == here.file.read_bytes()
+        assert same(prepare(there).file.read_bytes(), here.file.read_bytes())
         with pytest.raises(InputError, match="no node of the cluster has"):
             tune(prepare(plan(tmp_path / "much", search=SearchPlan("uniform", 1))), Ray(cpus=4096, _ray=ray._ray))
         refuse = tmp_path / "refuse.py"
