@@ -1,4 +1,4 @@
-"""Turn run records into what is committed: spec.json and summary.json of each run below FOLDER/runs, and FOLDER/table.md.
+"""Turn run records into what is committed: spec.json and summary.json of each run in FOLDER/runs, and FOLDER/table.md.
 
 python results/collect.py RUNS FOLDER [metric ...]
 """
