@@ -12,11 +12,11 @@ case $what in
     $protocol --method er,finetune,joint,nmc --untuned --tune split-digits-a --eval split-digits-b \
       --trials 8 --tune-seeds 3 --seeds 5
     ;;
-  cifar100) # frozen MobileNetV2 at 128 px, features extracted once per half; heads are trained
+  cifar100) # frozen MobileNetV2 at 64 px, features extracted once per half; heads are trained
     $protocol --method nmc,slca,er,finetune,joint --untuned --tune split-cifar100-a --eval split-cifar100-b \
       --trials 8 --tune-seeds 2 --seeds 3 --scenario-set per_class=100 \
       --backbone mobilenetv2_100 --backbone-set pad_type=same --backbone-set bn_eps=1e-3 --weights "${WEIGHTS:-}" \
-      --train-view "resize(128,bicubic) normalize(0.5,0.5)" --test-view "resize(128,bicubic) normalize(0.5,0.5)" \
+      --train-view "resize(64,bicubic) normalize(0.5,0.5)" --test-view "resize(64,bicubic) normalize(0.5,0.5)" \
       --set slca.backbone_scale=0 --set slca.milestone=0 --set er.train=head --set finetune.train=head --set joint.train=head \
       --space "lr=log(1e-3,0.3)" --space "batch_size=16,32,64,128" --space "epochs=1,2,5" --eval-every 50 --eval-per-group 50
     ;;
