@@ -141,6 +141,7 @@ class MaskTraining(Method):
         self.plateau: ReduceLROnPlateau | None = None
         self.cosine: CosineAnnealingLR | None = None
         self._cache: dict[int, Tensor] = {}
+        self._gradient = torch.zeros_like(self.weights)  # of what is being trained
 
     # -- phases --------------------------------------------------------------------------------------------------
     def phases(self, task: Task, index: int) -> Sequence[Phase]:
@@ -195,19 +196,20 @@ class MaskTraining(Method):
         if batch.phase.name == "probe":
             self._probe(batch)
             return {}
-        loss = self.gradients(batch)
-        self.scores.grad = score_gradient(self.scores, self.weights, self._network.grad, signed=self.signed)
+        loss = self.loss(batch)
+        layers = self._network.layers
+        parts = zip(layers(self.scores), layers(self.weights), self._network.gradients(loss), strict=True)
+        for (scores, weights, gradient), out in zip(parts, layers(self._gradient), strict=True):
+            score_gradient(scores, weights, gradient, signed=self.signed, out=out)
+        self.scores.grad = self._gradient
         assert self.optimizer is not None
         self.optimizer.step()
         self._refresh()
-        return {"loss": loss}
+        return {"loss": loss.detach()}
 
-    def gradients(self, batch: Batch) -> Tensor:
-        """Loss of a batch; its gradient by the effective weights is in the network's `grad`."""
-        self._network.grad.zero_()
-        loss = F.cross_entropy(self._network(batch.images), self._position[batch.targets])
-        loss.backward()
-        return loss.detach()
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch by the current task's network, over all outputs of the head."""
+        return F.cross_entropy(self._network(batch.images), self._position[batch.targets])
 
     def end_epoch(self, task: Task, phase: Phase, at: Cursor) -> bool:
         """Keep the epoch if it is the best of the task so far, and move the rate. Both readings are the official
@@ -411,7 +413,8 @@ class MaskTraining(Method):
                 f"or set selection=last and scheduler=cosine"
             )
         held = self._num_held(task)
-        left, kept = (part.unique().tolist() for part in task.targets.split([len(task.targets) - held, held]))
+        num_left = len(task.targets) - held
+        left, kept = (part.unique().tolist() for part in task.targets.split([num_left, held]))
         classes = set(left) | set(kept)
         lacking = classes - set(left)
         if held >= SURELY_ALL * len(classes):  # of that many rows each class has one, unless they are sorted by class
@@ -423,9 +426,9 @@ class MaskTraining(Method):
                 f"keep validation rows (--scenario-set val_share={config.val_share}), or set selection=last and "
                 f"scheduler=cosine"
             )
-        if self._network.norms and min(len(left), self.setting.batch_size) < 2:
+        if self._network.norms and min(num_left, self.setting.batch_size) < 2:
             raise InputError(
-                f"{self._name} trains with batch norms, which need two images at least, but {where} has {len(left)} "
+                f"{self._name} trains with batch norms, which need two images at least, but {where} has {num_left} "
                 f"rows in batches of {self.setting.batch_size}: raise --batch-size"
             )
 

@@ -73,13 +73,15 @@ def select_largest_cpu(values: Tensor, kept: int, mask: Tensor) -> None:
         ones[between[np.argpartition(numbers[between], -missing)[-missing:]]] = 1
 
 
-def score_gradient(scores: Tensor, weights: Tensor, gradient: Tensor, *, signed: bool = True) -> Tensor:
+def score_gradient(
+    scores: Tensor, weights: Tensor, gradient: Tensor, *, signed: bool = True, out: Tensor | None = None
+) -> Tensor:
     """Straight-through gradient of the scores: `sign(s) W dL/d(w_eff)`, for weights that are off as well.
 
     gradient: of the loss by the effective weights `W m`. signed: the mask is of |s|; else of s, without the sign.
     Source: card, section 2.
     """
-    out = weights * gradient
+    out = torch.mul(weights, gradient, out=out)
     return out.mul_(scores.sign()) if signed else out
 
 
@@ -121,8 +123,7 @@ class MaskedNetwork:
 
     Prepares the modules in place: biases and the affine part of batch norms are taken away (card, section 1), nothing
     requires gradients. What the modules compute with is what `install` was last given.
-    weights: (P,) the signed constants they started from.  grad: (P,) where `loss.backward()` puts gradients of the
-    effective weights.  statistics: (S,) fresh running means and variances.
+    weights: (P,) the signed constants they started from.  statistics: (S,) fresh running means and variances.
     Raises InputError for a network that masks cannot be put on; `method` names who asks.
     """
 
@@ -152,7 +153,7 @@ class MaskedNetwork:
         self._last = [channels_last(slot) for slot in self._slots]
         self.bounds = self.flatten([slot.new_full(slot.shape, slot[0].numel() ** -0.5) for slot in self._slots])
         self.weights = self.flatten([signed_constant(slot.detach()) for slot in self._slots])
-        self.grad = torch.zeros_like(self.weights)
+        self._magnitudes = torch.empty_like(self.weights)
         parts = [torch.full_like(b, i % 2).flatten() for i, b in enumerate(self._buffers)]  # mean 0, variance 1
         self.statistics = torch.cat(parts) if parts else self.weights[:0].clone()
         self._installed = (self.weights, self.statistics)
@@ -210,11 +211,18 @@ class MaskedNetwork:
             self.install(*before)
 
     def train(self, on: bool) -> None:
-        """Training mode, and gradients of the installed weights into `grad`, or neither."""
+        """Training mode with gradients of the installed weights, or neither."""
         self.backbone.train(on)
         self.head.train(on)
-        for slot, piece in zip(self._slots, self.layers(self.grad), strict=True):
-            slot.requires_grad_(on).grad = piece if on else None
+        for slot in self._slots:
+            slot.requires_grad_(on).grad = None
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Of a loss by the installed weights, one per layer, head last."""
+        for slot in self._slots:
+            slot.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return [slot.grad for slot in self._slots if slot.grad is not None]
 
     # -- scores and masks ----------------------------------------------------------------------------------------
     def draw_scores(self, rng: torch.Generator) -> Tensor:
@@ -224,7 +232,7 @@ class MaskedNetwork:
 
     def mask(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
         """(P,) scores -> (P,) of 0 and 1 in their dtype: `top_mask` of every layer, into `out` if given."""
-        magnitudes = scores.abs()
+        magnitudes = torch.abs(scores, out=self._magnitudes)
         out = torch.empty_like(scores) if out is None else out
         for piece, target, kept in zip(magnitudes.split(self.sizes), out.split(self.sizes), self.kept, strict=True):
             select_largest(piece, kept, target)

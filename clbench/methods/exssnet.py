@@ -80,11 +80,15 @@ class ExSSNeT(MaskTraining):
             return super().step(batch)
         if not self.free:
             return {}
-        loss = self.gradients(batch)
-        self.effective.grad = self._network.grad.mul_(self.editable)
+        loss = self.loss(batch)
+        layers = self._network.layers
+        parts = zip(self._network.gradients(loss), layers(self.editable), layers(self._gradient), strict=True)
+        for gradient, editable, out in parts:
+            torch.mul(gradient, editable, out=out)
+        self.effective.grad = self._gradient
         assert self.optimizer is not None
         self.optimizer.step()  # a fresh Adam without decay moves nothing whose gradient is always 0
-        return {"loss": loss}
+        return {"loss": loss.detach()}
 
     def end_epoch(self, task: Task, phase: Phase, at: Cursor) -> bool:
         if phase.name == "weight" and not self.free:

@@ -18,7 +18,10 @@ case $what in
       --backbone mobilenetv2_100 --backbone-set pad_type=same --backbone-set bn_eps=1e-3 --weights "${WEIGHTS:-}" \
       --train-view "resize(64,bicubic) normalize(0.5,0.5)" --test-view "resize(64,bicubic) normalize(0.5,0.5)" \
       --set slca.backbone_scale=0 --set slca.milestone=0 --set er.train=head --set finetune.train=head --set joint.train=head \
-      --space "lr=log(1e-3,0.3)" --space "batch_size=16,32,64,128" --space "epochs=1,2,5" --eval-every 50 --eval-per-group 50
+      --space "er.lr=log(1e-3,0.3)" --space "finetune.lr=log(1e-3,0.3)" --space "joint.lr=log(1e-3,0.3)" \
+      --space "er.batch_size=16,32,64" --space "finetune.batch_size=16,32,64" --space "joint.batch_size=16,32,64" \
+      --space "er.epochs=1,2,5" --space "finetune.epochs=1,2,5" --space "joint.epochs=1,2,5" \
+      --space "slca.epochs=1,2,5" --space "slca.batch_size=32,64,128" --eval-every 50 --eval-per-group 50
     ;;
   omniglot) # methods that train a network
     $protocol --method er,finetune,joint --tune split-omniglot-a --eval split-omniglot-b \
