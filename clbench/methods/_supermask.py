@@ -65,7 +65,7 @@ def select_largest_cpu(values: Tensor, kept: int, mask: Tensor) -> None:
     above = numbers > high
     between = np.flatnonzero((numbers >= low) & ~above)
     missing = kept - int(np.count_nonzero(above))
-    if len(numbers) < 8 * SAMPLE or not 0 <= missing <= len(between):
+    if len(numbers) < 4 * SAMPLE or not 0 <= missing <= len(between):
         mask.zero_().index_fill_(0, values.topk(kept, sorted=False).indices, 1.0)
         return
     np.copyto(ones, above, casting="unsafe")
@@ -221,7 +221,7 @@ class MaskedNetwork:
         """Of a loss by the installed weights, one per layer, head last."""
         for slot in self._slots:
             slot.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         return [slot.grad for slot in self._slots if slot.grad is not None]
 
     # -- scores and masks ----------------------------------------------------------------------------------------

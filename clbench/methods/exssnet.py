@@ -66,6 +66,8 @@ class ExSSNeT(MaskTraining):
             self.editable.copy_(exclusive_mask(mask, used) if self.exclusive else mask)
             self.free = int(self.editable.sum())
             self.training_weights = True
+            if self.free and self.config.selection == "phase":
+                self.best, self.best_hits = [], -1
 
     def open_phase(self, task: Task, phase: Phase, at: Cursor) -> None:
         if phase.name == "weight":

@@ -359,8 +359,8 @@ def watched(cls: type[Any]) -> tuple[type[Any], list[Any], Callable[[Learner], N
 
 @pytest.mark.parametrize("network", [Small, EndsInReLU])
 @pytest.mark.parametrize(("cls", "selection", "transfer"), [
-    (SupSup, "val", "none"), (SupSup, "last", "knn_all"), (SSNeT, "last", "none"), (SSNeT, "last", "knn_all"),
-    (ExSSNeT, "val", "none"), (ExSSNeT, "last", "none"), (ExSSNeT, "last", "knn_all"), (ExSSNeT, "val", "knn_best"),
+    (SupSup, "task", "none"), (SupSup, "last", "knn_all"), (SSNeT, "last", "none"), (SSNeT, "phase", "knn_all"),
+    (ExSSNeT, "task", "none"), (ExSSNeT, "last", "none"), (ExSSNeT, "last", "knn_all"), (ExSSNeT, "phase", "knn_best"),
 ])  # fmt: skip
 def test_nothing_is_forgotten_but_by_ssnet(cls: type[Any], network: Any, selection: str, transfer: str) -> None:
     method_class, kept, tell = watched(cls)
@@ -548,10 +548,12 @@ def test_readings_of_the_scheduler(accuracy: str, cuts: list[int]) -> None:
     assert rates("official") == pytest.approx(expected)
 
 
-def test_the_best_epoch_over_both_phases_is_kept() -> None:
+@pytest.mark.parametrize(("selection", "chosen"), [("task", [1, 7]), ("phase", [2, 7]), ("last", [3, 7])])
+def test_which_epoch_of_a_task_is_kept(selection: str, chosen: list[int]) -> None:
+    """Two mask epochs and two weight epochs for each of two tasks."""
     scenario = task_scenario(2, val=True, defaults=StreamDefaults(batch_size=6, epochs=2))
-    hits = iter([3, 5, 5, 4, 1, 2, 2, 3])  # task 0: best behind its mask phase; task 1: at its last weight epoch
-    states, rest = [], {}
+    hits = iter([3, 5, 5, 4, 1, 2, 3, 3 if selection == "phase" else 4])
+    states, rest = [], []
 
     class Watched(ExSSNeT):
         def _validate(self, task: Any, index: int) -> tuple[int, int]:
@@ -560,18 +562,18 @@ def test_the_best_epoch_over_both_phases_is_kept() -> None:
 
         def finish(self, task: int) -> None:
             super().finish(task)
-            rest[task] = self.weights.clone()
+            rest.append(self.weights.clone())
 
-    learner = make(Watched, scenario, config={"weight_lr": 0.02})
+    learner = make(Watched, scenario, config={"weight_lr": 0.02, "selection": selection})
     method: Any = learner.method
     start = method.weights.clone()
     run(learner)
-    assert torch.equal(rest[0], start)
-    assert torch.equal(method.statistics[0], states[1][2])
-    assert torch.equal(masks_of(method)[0], method._mask(states[1][1]) != 0)
-    assert torch.equal(rest[1], states[7][0])
-    assert not torch.equal(rest[1], start)
-    assert torch.equal(method.statistics[1], states[7][2])
+    for task, epoch in enumerate(chosen):
+        weights, scores, statistics = states[epoch]
+        assert torch.equal(rest[task], weights)
+        assert torch.equal(method.statistics[task], statistics)
+        assert torch.equal(masks_of(method)[task], method._mask(scores) != 0)
+    assert torch.equal(rest[0], start) is (selection == "task")  # its best epoch was of the mask phase
 
 
 def test_rows_kept_out_of_training() -> None:
