@@ -30,20 +30,34 @@ def main(runs: Path, folder: Path, columns: tuple[str, ...]) -> None:
         chosen = ", ".join(f"{k}={v.value}" for k, v in spec.hyperparameters.items() if v.source == "--set")
         key = (scenario, spec.method, chosen or "defaults", spec.backbone)
         rows.setdefault(key, []).append(found.summary)
-    lines = [
-        "| scenario | method | set | backbone | seeds | " + " | ".join(columns) + " |",
-        "|---" * (5 + len(columns)) + "|",
-    ]
-    for key, summaries in sorted(rows.items()):
-        stats = aggregate([{column: s.get(column) for column in columns} for s in summaries])
-        cells = [
-            "–" if column not in stats
-            else f"{stats[column].mean:.3f}" + (f" ± {stats[column].std:.3f}" if stats[column].std is not None else "")
-            for column in columns
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(key)} | {len(summaries)} | {' | '.join(cells)} |")
+    lines: list[str] = []
+    for id in dict.fromkeys(key[0].partition(",")[0] for key in sorted(rows)):
+        lines += [
+            f"### {id}",
+            "",
+            *table({key: rows[key] for key in sorted(rows) if key[0].split(",")[0] == id}, columns),
+            "",
+        ]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+def table(rows: dict[tuple[str, ...], list[dict[str, float | None]]], columns: tuple[str, ...]) -> list[str]:
+    """Mean ± standard deviation over seeds; metrics that no row has are left out."""
+    stats = {key: aggregate([{c: s.get(c) for c in columns} for s in summaries]) for key, summaries in rows.items()}
+    shown = [column for column in columns if any(column in found for found in stats.values())]
+    lines = [
+        "| scenario | method | set | backbone | seeds | " + " | ".join(shown) + " |",
+        "|---" * (5 + len(shown)) + "|",
+    ]
+    for key, found in stats.items():
+        cells = [
+            "–" if column not in found
+            else f"{found[column].mean:.3f}" + (f" ± {found[column].std:.3f}" if found[column].std is not None else "")
+            for column in shown
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(key)} | {len(rows[key])} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

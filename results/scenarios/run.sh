@@ -46,7 +46,8 @@ family() {
     few-shot)
       for scenario in cfsl-omniglot cfsl-omniglot-instance; do
         $clbench run --method nmc --scenario $scenario "${common[@]}" --backbone flatten --eval-every 5
-        $clbench run --method er --scenario $scenario "${common[@]}" --backbone mlp --set lr=0.05 --eval-every 5
+        $clbench run --method er --scenario $scenario "${common[@]}" --backbone mlp --eval-every 5 \
+          --train-view "normalize(omniglot)" --test-view "normalize(omniglot)"
       done
       ;;
     all) for each in si-blurry hle power-law mtil domain task few-shot; do family $each; done ;;
