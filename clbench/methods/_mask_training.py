@@ -218,7 +218,7 @@ class MaskTraining(Method):
         scheduler's recursion: cosine first, then the plateau rule."""
         if phase.name == "probe":
             return False
-        hits, num = self._validate(task, at.task) if self._num_val(task) else (0, 1)
+        hits, num = self._validate(task, at.task) if self._wants_validation else (0, 1)
         first_of_equal = self.config.selection == "task"
         if self.config.selection != "last" and hits >= self.best_hits + first_of_equal:
             self.best_hits = hits
@@ -371,10 +371,13 @@ class MaskTraining(Method):
         }
 
     # -- validation ----------------------------------------------------------------------------------------------
+    @property
+    def _wants_validation(self) -> bool:
+        return self.config.selection != "last" or self.config.scheduler == "official"
+
     def _num_held(self, task: Task) -> int:
         """Last rows of a task that are not trained on: in canonical order they are a random sample."""
-        wanted = self.config.selection != "last" or self.config.scheduler == "official"
-        if not wanted or (task.val is not None and len(task.val[0])):
+        if not self._wants_validation or (task.val is not None and len(task.val[0])):
             return 0
         return round(self.config.val_share * len(task.rows))
 
@@ -410,7 +413,7 @@ class MaskTraining(Method):
                 f"{self._name} gives each task classes of its own, but {where} has rows of other tasks' classes: "
                 f"choose a scenario whose tasks do not share classes"
             )
-        if (config.selection != "last" or config.scheduler == "official") and not self._num_val(task):
+        if self._wants_validation and not self._num_val(task):
             raise InputError(
                 f"{self._name} compares epochs on rows kept out of training, but {where} keeps none: raise val_share, "
                 f"or set selection=last and scheduler=cosine"
