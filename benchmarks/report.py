@@ -18,14 +18,25 @@ python -m tox -e benchmarks -- --benchmark-json=bench.json
 python benchmarks/report.py bench.json > results/benchmarks/framework.md
 ```
 """
+SCENARIOS = """# Building scenarios
+
+CPU time of one build of every preset's index tables, on label tables with the sizes of the real data, best of 7. The ratio is to a
+budget of 100 ms per 60,000 samples (of the data, or of the stream where that is longer).
+
+```
+python -m tox -e benchmarks -- benchmarks/test_scenarios.py --benchmark-json=bench.json
+python benchmarks/report.py bench.json > results/benchmarks/scenarios.md
+```
+"""
 
 
 def main(path: Path) -> None:
     data = json.loads(path.read_text())
+    about_scenarios = all("test_scenarios" in entry["fullname"] for entry in data["benchmarks"])
     machine = data["machine_info"]
     cpu = machine.get("cpu", {})
     where = f"{cpu.get('brand_raw', machine['processor'])}, {cpu.get('count', '?')} cores"
-    print(HEAD)
+    print(SCENARIOS if about_scenarios else HEAD)
     commit, day = data["commit_info"]["id"][:10], data["datetime"][:10]
     print(f"{where}, Python {machine['python_version']}, commit {commit}, {day}.\n")
     print("| what | ratio or s | budget | clbench, ms | floor, ms | per | met |")
