@@ -20,8 +20,8 @@ python benchmarks/report.py bench.json > results/benchmarks/framework.md
 """
 SCENARIOS = """# Building scenarios
 
-CPU time of one build of every preset's index tables, on label tables with the sizes of the real data, best of 7. The ratio is to a
-budget of 100 ms per 60,000 samples (of the data, or of the stream where that is longer).
+CPU time of one build of every preset's index tables, on label tables with the sizes of the real data, best of 7. The
+ratio is to a budget of 100 ms per 60,000 samples (of the data, or of the stream where that is longer).
 
 ```
 python -m tox -e benchmarks -- benchmarks/test_scenarios.py --benchmark-json=bench.json
