@@ -25,8 +25,9 @@ case $what in
       $clbench run --method $method "${mnist[@]}" --scenario-set setting=task --seeds 0-2 "${cpu[@]}"
     done
     ;;
-  masks-cifar100) # the same rate for all masks, 0.001, and as many epochs in all
+  masks-cifar100) # the same rate for all masks, 0.001, and as many epochs in all; SupSup at its own rate too
     $clbench run --method supsup "${cifar[@]}" --epochs 6 --set mask_lr=0.001 "${cpu[@]}"
+    $clbench run --method supsup "${cifar[@]}" --epochs 6 "${cpu[@]}"
     $clbench run --method ssnet "${cifar[@]}" --epochs 3 "${cpu[@]}"
     $clbench run --method exssnet "${cifar[@]}" --epochs 3 "${cpu[@]}"
     ;;
