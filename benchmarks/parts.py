@@ -54,6 +54,17 @@ def online_learner(
     return Learner(scenario, stream, made, evaluator, Schedule(0))
 
 
+def task_learner(network: nn.Module, method: type[Method], config: object, *, num_classes: int, batch: int, size: int):
+    """A learner of one task with the task id known, one batch per class, without evaluation."""
+    store = cifar_shaped(num_classes, batch, 2, size)
+    scenario = build([store.table()], 0, Params(tasks=1, setting="task"), defaults=StreamDefaults(batch_size=batch))
+    reader = Reader(store, {"train": "", "test": ""})
+    stream = Stream(scenario, reader, seed=0)
+    made = make_method(method, config, network, scenario, stream)
+    evaluator = Evaluator(scenario, reader, view="test", mask="task", per_group=1, slots=1, seed=0)
+    return Learner(scenario, stream, made, evaluator, Schedule(0))
+
+
 class Free(nn.Module):
     """A backbone that costs almost nothing: the pixels as features."""
 

@@ -9,32 +9,22 @@ import copy
 
 import pytest
 import torch
-from parts import cifar_shaped, interleaved
+from parts import interleaved, task_learner
 from test_framework import record
 from torch import nn
 from torch.nn import functional as F
 
 from clbench.backbones import build as build_backbone
-from clbench.data.reader import Reader
-from clbench.evaluator import Evaluator, Schedule
 from clbench.learner.learner import Learner
-from clbench.learner.resolve import make_method
 from clbench.methods.clr import CLR, batch_norms
-from clbench.scenarios.class_incremental import Params, build
-from clbench.scenarios.model import StreamDefaults
-from clbench.stream import Cursor, Stream
+from clbench.stream import Cursor
 
 BATCH, CLASSES = 32, 10
 
 
 def clr_learner(network: nn.Module, size: int) -> Learner:
-    store = cifar_shaped(CLASSES, BATCH, 2, size)
-    scenario = build([store.table()], 0, Params(tasks=1, setting="task"), defaults=StreamDefaults(batch_size=BATCH))
-    reader = Reader(store, {"train": "", "test": ""})
-    stream = Stream(scenario, reader, seed=0)
-    method = make_method(CLR, CLR.Config(), network, scenario, stream)
-    evaluator = Evaluator(scenario, reader, view="test", mask="task", per_group=1, slots=1, seed=0)
-    return Learner(scenario, stream, method, evaluator, Schedule(0))
+    config = CLR.Config()
+    return task_learner(network, CLR, config, num_classes=CLASSES, batch=BATCH, size=size)
 
 
 class DenseStep:

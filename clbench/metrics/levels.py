@@ -31,7 +31,7 @@ def per_level(
         return []
     points = np.arange(len(curve.steps))
     if sample_period is not None:
-        points = official_points(curve.position, sample_period)
+        points = official_points(curve.position, sample_period, curve.phase)
     out: list[dict[str, float | None]] = []
     for level in found.tolist():
         own = levels == level

@@ -1,6 +1,6 @@
 """Metrics of online protocols that evaluate by samples (Si-Blurry: `si_blurry` card, section 1).
 
-A_last is the last entry of what `a_avg` averages.
+A_avg and A_last are `accuracy_matrix.average_incremental_accuracy` and `final_accuracy` with sizes and active groups.
 
 >>> sample_schedule([700, 1500, 64], batch=64, period=500)
 [(0, 512, 500), (1, 1020, 1000), (1, 1532, 1500), (1, 2044, 2000)]
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from clbench.metrics.curve import FloatArray, IntArray
 
-__all__ = ["OFFICIAL_EPSILON", "a_avg", "anytime_accuracy", "f_last", "official_points", "sample_schedule"]
+__all__ = ["OFFICIAL_EPSILON", "anytime_accuracy", "f_last", "official_points", "sample_schedule"]
 
 OFFICIAL_EPSILON = 1e-5  # what the official code adds to the number of test images of a class
 
@@ -37,14 +37,21 @@ def sample_schedule(task_sizes: Sequence[int] | IntArray, batch: int, period: in
     return list(zip(task[points].tolist(), behind[points].tolist(), nominal.tolist(), strict=True))
 
 
-def official_points(positions: Sequence[int] | IntArray, period: int) -> IntArray:
+def official_points(
+    positions: Sequence[int] | IntArray, period: int, phases: Sequence[int] | IntArray | None = None
+) -> IntArray:
     """Indices of the evaluations that the protocol makes: `if n > next: evaluate; next += period`, once per batch.
 
     positions: (S,) samples streamed behind each evaluation, not decreasing; of several at one position (updates on the
-    same batch) the last counts.
+    same batch) the last counts. phases: (S,) phase of each evaluation; those of further phases at the same position,
+    behind the stream of a task, are then left out, since the protocol evaluates before them.
     """
     stream = np.asarray(positions, np.int64)
+    phase = np.zeros_like(stream) if phases is None else np.asarray(phases, np.int64)
     last = np.flatnonzero(np.append(stream[1:] != stream[:-1], True)[: len(stream)])
+    first = np.append(0, last[:-1] + 1)[: len(last)]
+    own = zip(first.tolist(), last.tolist(), strict=True)
+    last = np.array([a + int(np.flatnonzero(phase[a : b + 1] == phase[a])[-1]) for a, b in own], np.int64)
     chosen: list[int] = []
     for index in last.tolist():
         if stream[index] > (len(chosen) + 1) * period:
@@ -61,17 +68,6 @@ def anytime_accuracy(hits: ArrayLike, totals: ArrayLike, valid: ArrayLike) -> fl
     pooled = counted @ np.asarray(totals, np.int64)
     right = (np.asarray(hits) * counted).sum(axis=1)
     return float((right[pooled > 0] / pooled[pooled > 0]).mean()) if (pooled > 0).any() else None
-
-
-def a_avg(task_accuracy: ArrayLike) -> float | None:
-    """A_avg: plain mean over the tasks of the accuracy at their end, on all test images of the classes seen by then.
-
-    task_accuracy: (K,) fractions (`accuracy_matrix.accuracy_after_tasks` with sizes and active groups). NaN where
-    nothing had been seen, as behind a first task without samples, is left out; None if that is everywhere.
-    """
-    values = np.asarray(task_accuracy, np.float64)
-    measured = values[np.isfinite(values)]
-    return float(measured.mean()) if measured.size else None
 
 
 def f_last(

@@ -61,7 +61,7 @@ def summarise(
     if curve is not None:
         out |= _of_curve(curve)
         if sample_period is not None:
-            points = online.official_points(curve.position, sample_period)
+            points = online.official_points(curve.position, sample_period, curve.phase)
             out["a_auc"] = online.anytime_accuracy(curve.hits[points], curve.totals, curve.valid[points])
         if own is not None:
             needed = samples_to_reach_per_task(curve, own, FACILITATION_LEVEL)
