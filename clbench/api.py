@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clbench.errors import InputError, unknown_name
+from clbench.errors import ClbenchError, InputError, unknown_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,6 +77,8 @@ def run(
     *,
     fresh: bool = False,
     progress: bool = False,
+    side_by_side: int = 1,
+    track: str | None = None,
     **options: Any,
 ) -> Results:
     """Run a method on a scenario, one run per seed, and return the results in the order of the seeds.
@@ -85,10 +87,15 @@ def run(
     seeds: one, several, or text as on the command line: `"0-2,7"`.
     fresh: start anew beside runs of the same specification, instead of showing or resuming them.
     progress: show it on stderr.
+    side_by_side: so many runs take turns step by step in this process, with the results of single runs: they fill a GPU
+        that a small network leaves idle; on a CPU there is nothing to gain.
+    track: also log finished runs to this MLflow store: `http://HOST:PORT`, `sqlite:///FILE`, or `local` for a sqlite
+        file among the records. A server that fails costs a warning; `clbench sync` logs those runs later.
     options: the fields of `clbench.learner.spec.RunSpec`, as `--option` on the command line with `_` for `-`:
         `order_seed`, `set`, `scenario_params`, `backbone`, `backbone_options`, `weights`, `device`, `precision`,
         `mask`, `eval_every`, `eval_per_group`, `batch_size`, `epochs`, `updates_per_batch`, `train_view`, `test_view`,
-        `data`, `out`, `allow_contamination`, `checkpoint_every`, `threads`, `keep_weights`, `keep_checkpoint`.
+        `evaluator`, `eval_batch`, `fused`, `cuda_graph`, `compile`, `data`, `out`,
+        `allow_contamination`, `checkpoint_every`, `threads`, `keep_weights`, `keep_checkpoint`.
 
     Raises InputError for what can't be used, RunFailed if a run breaks, KeyboardInterrupt when stopped (its checkpoint
     is saved: the same call goes on). Runs that are finished by then are kept.
@@ -99,6 +106,19 @@ def run(
     """
     chosen = parse_seeds(seeds)
     specs = make_specs(method, scenario, chosen, options)
+    if side_by_side < 1:
+        raise InputError(f"--side-by-side is {side_by_side}, it must be 1 or more")
+    turns = run_together(specs, side_by_side, fresh, progress) if side_by_side > 1 else run_each(specs, fresh, progress)
+    if track is not None:
+        from clbench.tracking.runs import store_uri, track_run
+
+        for result in turns:
+            track_run(result.path, store_uri(track, specs[0].out))
+    return Results(turns, chosen)
+
+
+def run_each(specs: Sequence[RunSpec], fresh: bool, progress: bool) -> list[RunResult]:
+    """One run behind the other."""
     from clbench.learner.resolve import resolve
     from clbench.learner.run import run as run_one
     from clbench.report.curve import draw
@@ -115,7 +135,36 @@ def run(
                 display.finish(result.summary["steps"])
         draw(result.path)
         runs.append(result)
-    return Results(runs, chosen)
+    return runs
+
+
+def run_together(specs: Sequence[RunSpec], width: int, fresh: bool, progress: bool) -> list[RunResult]:
+    """`width` runs at a time, taking turns. If some break, the others end, then the first error is raised."""
+    from clbench.learner.resolve import resolve
+    from clbench.learner.run import RunResult
+    from clbench.learner.side_by_side import run_side_by_side
+    from clbench.report.curve import draw
+    from clbench.report.progress import Together
+
+    resolved = [resolve(spec) for spec in specs]
+    ended: dict[int, RunResult] = {}
+    errors: dict[int, ClbenchError] = {}
+    with show(f"{resolved[0].found.id} on {resolved[0].scenario.id}, {len(specs)} seeds", progress) as display:
+        together = None if display is None else Together(display, len(specs))
+        shares = (lambda index: None) if together is None else together.share
+        for index, result in run_side_by_side(resolved, width, shares, fresh=fresh):
+            if isinstance(result, RunResult):
+                ended[index] = result
+                draw(result.path)
+            else:
+                errors[index] = result
+        if display is not None:
+            display.finish(sum(each.summary["steps"] for each in ended.values()))
+    if errors:
+        first = min(errors)
+        others = f" ({len(ended)} of {len(specs)} runs are done)" if ended else ""
+        raise type(errors[first])(f"seed {specs[first].seed}: {errors[first]}{others}")
+    return [ended[index] for index in range(len(specs))]
 
 
 class DryRun(NamedTuple):

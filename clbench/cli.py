@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clbench.errors import ClbenchError, InputError, unknown_name
+from clbench.pretrain.cli import pretrain_app
 from clbench.protocol.cli import protocol_app, sweep
+from clbench.report import cli as report_cli
+from clbench.tracking.cli import sync
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +44,13 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Which data sets are found, and how to get the others.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(pretrain_app, name="pretrain")
 app.add_typer(protocol_app, name="protocol")
 app.command("sweep")(sweep)
+app.command("sync")(sync)
+app.command("report")(report_cli.report)
+app.command("compare")(report_cli.compare)
+app.command("verify")(report_cli.verify)
 
 DataOption = Annotated[
     list[Path] | None, typer.Option("--data", metavar="DIR", help="Folder searched for data first (repeatable).")
@@ -138,6 +146,16 @@ def run(
     data: DataOption = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for run records.")] = RUNS,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew beside a run of the same specification.")] = False,
+    side_by_side: Annotated[
+        int,
+        typer.Option(metavar="N", help="Seeds run at the same time in this process; fills a GPU with small networks."),
+    ] = 1,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI", help="Also log to MLflow: http://HOST:PORT, sqlite:///FILE, or local (below --out)."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Look everything up, estimate time, memory and disk, train nothing.")
     ] = False,
@@ -147,6 +165,15 @@ def run(
             "--allow-contamination", help="Run a backbone pretrained on the scenario's images; marks the record."
         ),
     ] = False,
+    evaluator: Annotated[
+        str, typer.Option(metavar="HOW", help="plain, snapshot (beside training) or graph (the same as CUDA graphs).")
+    ] = "plain",
+    eval_batch: Annotated[
+        str | None, typer.Option(metavar="N", help="Test images of one forward pass, or `measured`; by a rule if not.")
+    ] = None,
+    fused: Annotated[bool, typer.Option("--fused", help="Triton kernels for reading and counting (CUDA).")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Training steps as CUDA graphs.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile of the backbone.")] = False,
     checkpoint_every: Annotated[
         int | None, typer.Option(metavar="N", help="Steps between checkpoints; once a minute if not given.")
     ] = None,
@@ -180,6 +207,11 @@ def run(
         "data": tuple(data or ()),
         "out": out,
         "allow_contamination": allow_contamination,
+        "evaluator": evaluator,
+        "eval_batch": int(eval_batch) if eval_batch and eval_batch.isdecimal() else eval_batch,
+        "fused": fused,
+        "cuda_graph": cuda_graph,
+        "compile": compile_,
         "checkpoint_every": checkpoint_every,
         "threads": threads,
         "keep_weights": keep_weights,
@@ -191,7 +223,9 @@ def run(
         print_dry_run(api.dry_run(method, scenario, seeds, **options))
         return
     try:
-        results = api.run(method, scenario, seeds, fresh=fresh, progress=True, **options)
+        results = api.run(
+            method, scenario, seeds, fresh=fresh, progress=True, side_by_side=side_by_side, track=track, **options
+        )
     except KeyboardInterrupt:
         raise typer.Exit(
             complain("interrupted; the checkpoint is saved, and the same command goes on from it", 130)
@@ -328,7 +362,7 @@ def rows_of_runs(runs: Path) -> list[dict[str, Any]]:
 # what can be listed: where its rows come from, and the columns shown on a screen (--json has all of them)
 LISTINGS: Mapping[str, tuple[Callable[[Path], list[dict[str, Any]]], tuple[str, ...]]] = {
     "methods": (rows_of_methods, ("id", "title", "settings", "aliases")),
-    "scenarios": (rows_of_scenarios, ("id", "title", "datasets")),
+    "scenarios": (rows_of_scenarios, ("id", "title", "datasets", "family")),
     "datasets": (rows_of_datasets, ("name", "title", "classes", "shape", "train_rows", "test_rows")),
     "backbones": (rows_of_backbones, ("name", "title")),
     "metrics": (rows_of_metrics, ("key", "title", "unit", "formula")),
@@ -414,6 +448,7 @@ def show(
     from clbench.report.stream_picture import draw
     from clbench.scenarios import registry
     from clbench.scenarios.describe import describe
+    from clbench.scenarios.families import FAMILIES
 
     preset = registry.find(scenario).with_params(parse_pairs("--scenario-set", scenario_set))
     stores = stores_of(preset, data)
@@ -422,13 +457,15 @@ def show(
     facts = image_statistics(built, stores) if with_statistics else {}
     picture = draw(built, out or Path("results/scenarios") / f"{built.id}.png")
     if as_json:
-        about = {"id": built.id, "title": preset.title, "setting": built.setting, "online": built.online,
-                 "num_classes": built.num_classes, "fingerprint": built.fingerprint, "parameters": preset.param_table(),
+        about = {"id": built.id, "title": preset.title, "family": preset.family, "setting": built.setting,
+                 "online": built.online, "num_classes": built.num_classes, "fingerprint": built.fingerprint, "parameters": preset.param_table(),
                  "tasks": rows, **({"statistics": facts} if facts else {}), "picture": picture}  # fmt: skip
         print_json(about)
         return
     print(f"{built.id}: {preset.title}")
     print(f"source: {preset.source}")
+    if preset.family is not None:
+        print(f"protocol family {preset.family}: {FAMILIES[preset.family].title}")
     once = "every row once, in order" if built.online else "epochs, reshuffled"
     print(f"{built.setting}-incremental, {once}, {built.num_classes} classes, order seed {order_seed}")
     print(f"fingerprint {built.fingerprint}\n")

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in the interpreter; read when Triton is first imported
 
 
 @pytest.fixture(scope="session", autouse=True)

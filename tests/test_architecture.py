@@ -9,14 +9,15 @@ import clbench
 ROOT = Path(clbench.__file__).parent
 ORDER = [
     "errors", "atomic", "rng", "params", "data", "scenarios", "stream", "backbones", "memory", "methods", "evaluator",
-    "metrics", "store", "learner", "report", "interop", "protocol", "doctor", "api", "cli",
+    "metrics", "store", "learner", "report", "interop", "pretrain", "tracking", "protocol", "doctor", "api", "cli",
 ]  # fmt: skip
 ENGINE = {
     "torch", "numpy", "pandas", "pyarrow", "timm", "pydantic", "PIL", "safetensors",
     # lazily, inside one function each: the digits, the download of standard files, the exchange with Avalanche
     "sklearn", "torchvision", "huggingface_hub", "scipy", "avalanche",
+    "triton",  # comes with torch on GPU machines; clbench.evaluator.kernels alone, which nothing imports on a CPU
 }  # fmt: skip
-SHOWN = {"report", "protocol", "doctor", "api", "cli"}
+SHOWN = {"report", "tracking", "protocol", "doctor", "api", "cli"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

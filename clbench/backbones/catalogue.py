@@ -1,10 +1,10 @@
-"""The built-in backbones, as a table that can be read without torch."""
+"""The built-in backbones and the models with a text tower, as tables that can be read without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EMBEDDED", "Embedded", "list_backbones"]
+__all__ = ["CLIP", "EMBEDDED", "Embedded", "is_clip", "list_backbones"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,43 @@ EMBEDDED: Mapping[str, Embedded] = {
 }
 
 
+# With a text tower, for methods that compare images with texts (`clip_source.py`).
+CLIP: Mapping[str, Embedded] = {
+    "clip-small": Embedded(
+        title="small CLIP for 64 px images, trained by this project (assets/clip-small.md)",
+        features="192",
+        parameters="3,979,585",
+        source="clbench; `clbench pretrain clip-small`",
+        options={
+            "pretrained": ("true", "false"),
+            "grad_checkpointing": ("false", "true"),
+            "micro_batch": 0,
+            "micro_texts": 0,
+        },
+    ),
+    "clip:MODEL.TAG": Embedded(
+        title="models of open_clip: clip:ViT-B-16-quickgelu.openai, or clip:MODEL and --weights FILE",
+        features="its embedding",
+        parameters="its own",
+        source="open_clip",
+        options={
+            "pretrained": ("true", "false"),
+            "grad_checkpointing": ("false", "true"),
+            "micro_batch": 0,
+            "micro_texts": 0,
+        },
+    ),
+}
+
+
+def is_clip(name: str) -> bool:
+    """Whether a backbone of this name has a text tower."""
+    return name == "clip-small" or name.startswith("clip:")
+
+
 def list_backbones() -> list[dict[str, Any]]:
-    """One record per built-in backbone: name, title, features, parameters, options, source. Any timm name works too."""
+    """One record per built-in backbone: name, title, features, parameters, options, source. Any timm name works too,
+    and any model of open_clip's behind `clip:`."""
     return [
         {
             "name": name,
@@ -91,5 +126,5 @@ def list_backbones() -> list[dict[str, Any]]:
             "options": {key: value[0] if isinstance(value, tuple) else value for key, value in entry.options.items()},
             "source": entry.source,
         }
-        for name, entry in EMBEDDED.items()
+        for name, entry in (*EMBEDDED.items(), *CLIP.items())
     ]

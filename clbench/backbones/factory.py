@@ -1,22 +1,25 @@
-"""From a name to a backbone: built in or timm, initial weights from the run's seed or from a file."""
+"""From a name to a backbone: built in, timm or open_clip; initial weights from the run's seed or from a file."""
 
 import ast
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from clbench.backbones.backbone import Backbone, fingerprint
-from clbench.backbones.catalogue import EMBEDDED
+from clbench.backbones.catalogue import EMBEDDED, is_clip
 from clbench.backbones.embedded import make_embedded
 from clbench.backbones.provenance import UNKNOWN, parse_tags
 from clbench.backbones.weights import first_line, load_into, read_weights
 from clbench.errors import InputError, unknown_name
 from clbench.rng import derive_seed
+
+if TYPE_CHECKING:
+    from clbench.backbones.clip_model import ClipBackbone
 
 __all__ = ["build", "native_view", "parse_option"]
 
@@ -51,11 +54,12 @@ def build(
 ) -> Backbone:
     """Build a backbone on the CPU, in training mode.
 
-    name: a built-in one (`list_backbones`), or a name of timm's with its tag.
+    name: a built-in one (`list_backbones`), a name of timm's with its tag, or `clip:` and a model of open_clip's, which
+        gives a `ClipBackbone` (`clbench.backbones.clip_model`).
     in_shape: (C, H, W) of the images it will get, after the view.
     seed: initial weights depend on it alone; torch's global generator is left as it was.
     weights: a safetensors or torch file (or `.npz` of the ViT authors), in place of the published ones.
-    pretrained: False starts a timm backbone from random weights.
+    pretrained: False starts a backbone of timm or open_clip, or clip-small, from random weights.
     options: `final_norm` pretrained|fresh; `feature` pooled|cls; `pretrained_on` TAG[,TAG] or none, what the weights
         were trained on where nothing else says it; `pretrained`, in place of the argument; all others are the
         backbone's own (`list_backbones`; arguments of timm.create_model). Texts are read as the Python values they
@@ -75,6 +79,8 @@ def build(
     weights = None if weights is None else Path(weights)
     if len(in_shape) != 3 or min(in_shape) < 1:
         raise InputError(f"backbone {name} needs images of shape (C, H, W), not {tuple(in_shape)}; check the view")
+    if is_clip(name):
+        return build_clip(name, in_shape, seed, weights, pretrained, final_norm, feature, declared, own)
     with initial_draws(seed):
         if name in EMBEDDED:
             made = from_catalogue(name, in_shape, weights, own)
@@ -107,11 +113,58 @@ def native_view(name: str, *, weights: Path | None = None, pretrained: bool = Tr
     """
     if name in EMBEDDED:
         return None
+    if is_clip(name):
+        from clbench.backbones import clip_source
+
+        return clip_source.native_view(name, weights=weights, pretrained=pretrained)
     from clbench.backbones import timm_source
 
     published = weights is None and pretrained
     found = timm_source.resolve(name, published=published)
     return found.view if found.tag and (published or weights is not None) else None
+
+
+def build_clip(
+    name: str,
+    in_shape: Shape,
+    seed: int,
+    weights: Path | None,
+    pretrained: bool,
+    final_norm: str,
+    feature: str,
+    declared: Any,
+    own: dict[str, Any],
+) -> "ClipBackbone":
+    """A backbone with a text tower; `own` are the options of `clip_source.make`, `micro_batch` and `micro_texts`."""
+    from clbench.backbones import clip_source  # open_clip takes seconds to import
+    from clbench.backbones.clip_model import ClipBackbone
+
+    if final_norm == "fresh" or feature == "cls":
+        raise InputError(
+            f"backbone {name} has one feature, which its texts are compared with: leave out final_norm and feature"
+        )
+    micro = {key: whole_number(name, key, own.get(key)) for key in ("micro_batch", "micro_texts")}
+    with initial_draws(seed):
+        made = clip_source.make(name, weights, pretrained, own, in_shape[0])
+    backbone = ClipBackbone(
+        made.net,
+        made.tokenizer,
+        **micro,
+        name=made.name,
+        identity=made.name.split(".")[0],
+        in_shape=in_shape,
+        pretrained_on=provenance(Made(made.net, made.name, made.random, made.tags, made.view, made.metadata), declared),
+        native_view=made.view,
+    )
+    backbone.num_features = measure_width(backbone)
+    backbone.fingerprint = fingerprint(backbone)
+    return backbone
+
+
+def whole_number(name: str, key: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"option {key} of backbone {name} must be a whole number above 0, not {value!r}")
+    return value
 
 
 def from_catalogue(name: str, in_shape: Shape, weights: Path | None, options: Mapping[str, Any]) -> Made:

@@ -1,30 +1,30 @@
 """The per-iteration evaluator.
 
 `observe` adds one row of hits per group to a table on the device and reads nothing back; `drain` is the only host copy.
-Watching does not disturb: no generator of the run is touched, modules go into eval mode and back, batch-norm buffers
-stay as they are, so final weights are the same to the bit with evaluation off, every 10 or every 1 iterations.
+Watching does not disturb: no generator of the run is touched, modules go into eval mode and back (or a snapshot is
+evaluated, see `clbench.evaluator.engine`), batch-norm buffers stay as they are, so final weights are the same to the
+bit with evaluation off, every 10 or every 1 iterations.
 Source: `stability_gap` card; the subset of a group is fixed for the run (card section 5.1 says why).
 """
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from clbench.data.reader import Reader
-from clbench.methods.base import Method
-from clbench.rng import generator
+from clbench.evaluator.chunks import fitting_chunk, measured_chunk
+from clbench.evaluator.engine import EngineName, make_engine, watching
+from clbench.evaluator.heads import GroupCounts
+from clbench.evaluator.subset import ResidentImages, draw_subset
+from clbench.methods.base import Head, Method
 from clbench.scenarios.model import Group, Scenario
 from clbench.stream.stream import Unlocks
 
-__all__ = ["Evaluator", "FullResult", "Mask", "watching"]
+__all__ = ["Evaluator", "FullResult", "HeadCounts", "Mask", "answer", "watching"]
 
 Mask = Literal["seen", "all", "task"]
-IMAGE_CACHE_BYTES = 512 * 2**20
-CHUNK = 512  # rows of one forward pass on 32 px images; fewer of larger ones on a CPU, see `fitting_chunk`
 
 
 class FullResult(NamedTuple):
@@ -34,19 +34,29 @@ class FullResult(NamedTuple):
     predictions: Tensor
 
 
-class _Subset(NamedTuple):
-    """Rows evaluated at every observation: one group's slice is `starts[g]:starts[g + 1]`."""
+class HeadCounts(Protocol):
+    """`clbench.evaluator.kernels.head_counts` or its reference."""
 
-    rows: Tensor
-    targets: Tensor
-    domain: Tensor | None
-    group: Tensor
-    starts: list[int]
+    def __call__(
+        self,
+        features: Tensor,
+        head: Head,
+        targets: Tensor,
+        groups: Tensor,
+        out: GroupCounts,
+        allowed: Tensor | None = None,
+        mask_index: Tensor | None = None,
+    ) -> None: ...
 
 
 class Evaluator:
     """Counts hits per group. `mask`: what predictions are taken over (see `Method.mask`); `slots`: how many
-    observations the table holds; `per_group`: at most so many rows of each group per observation."""
+    observations the table holds; `per_group`: at most so many rows of each group per observation.
+
+    chunk: rows of one forward pass; None: by a rule; `measure_chunk` chooses by time. It changes no result but in the
+    last bits of logits. engine: see `clbench.evaluator.engine`. head_counts: counts from features and `Method.head`
+    where a method has one, instead of from logits.
+    """
 
     def __init__(
         self,
@@ -60,6 +70,8 @@ class Evaluator:
         seed: int,
         device: torch.device | str = "cpu",
         chunk: int | None = None,
+        engine: EngineName = "plain",
+        head_counts: HeadCounts | None = None,
     ) -> None:
         self.scenario = scenario
         self.read = read
@@ -69,7 +81,9 @@ class Evaluator:
         self.chunk = chunk or fitting_chunk(read, view, self.device)
         self.unlocks = Unlocks(scenario.first_seen, self.device)
         self.task_aware = scenario.setting == "task"
-        self.subset = self._subset(per_group, seed)
+        self.subset = draw_subset(scenario.groups, per_group, seed, self.device)
+        self.engine = make_engine(engine, self.device)
+        self.head_counts = head_counts
         self.sizes = [b - a for a, b in zip(self.subset.starts, self.subset.starts[1:], strict=False)]
         self._answerable = self._answerable_classes()
         self._unlocks_at = [
@@ -80,9 +94,9 @@ class Evaluator:
         self._table = torch.zeros((max(slots, 1), groups), dtype=torch.int64, device=self.device)
         self.points: list[tuple[int, int, int, int]] = []  # step, task, phase, stream position of each used slot
         self.active: list[tuple[int, ...]] = []  # groups evaluated at each used slot
-        self._images: Tensor | None = None
+        self._images = ResidentImages(self.subset, read, view)
         self._features: dict[int, tuple[int, Tensor]] = {}  # group -> (version, features of its subset)
-        self._chosen: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor | None]] = {}
+        self._chosen: dict[tuple[tuple[int, ...], int], _Chosen] = {}
 
     # -- what to evaluate ----------------------------------------------------------------------------------------
     def active_groups(self, task: int, position: int) -> tuple[int, ...]:
@@ -98,11 +112,35 @@ class Evaluator:
         groups = self.active_groups(task, position)
         slot = len(self.points)
         if slot == len(self._table):
+            self.engine.wait()
             self._table = torch.cat([self._table, torch.zeros_like(self._table)])
-        with watching(method):
-            self._count(method, groups, self.unlocks.index(position), self._table[slot])
+        seen = self.unlocks.index(position)
+        version = None if self.task_aware else method.features_version
+
+        def count(answering: Method, row: Tensor) -> None:
+            self._count(answering, groups, seen, version, row)
+
+        self.engine.observe(method, (groups, seen, version, self.chunk), count, self._table[slot])
         self.points.append((step, task, phase, position))
         self.active.append(groups)
+
+    def phase_changed(self) -> None:
+        """A phase has begun or ended: more of the method may have changed than its weights."""
+        self.engine.changed()
+
+    def measure_chunk(self, method: Method) -> int:
+        """Choose `chunk` by the time that the method's answers take; returns it. Waits for the device, so it belongs
+        ahead of the first step. Part of the state, so that a resumed run keeps it."""
+        task = self._task_id(self.scenario.groups[0])
+        allowed = self._allowed_for_method(None)
+        places = torch.arange(len(self.subset.rows), device=self.device)
+
+        def forward(count: int) -> None:
+            method.logits(self._images(places[:count]), allowed, task)
+
+        with watching(method):
+            self.chunk = measured_chunk(forward, len(places), self.device)
+        return self.chunk
 
     def full(self, method: Method, position: int, progress: Callable[[int, int], None] | None = None) -> FullResult:
         """Evaluate the deployed weights on every test row of every group, groups of future tasks included."""
@@ -132,6 +170,7 @@ class Evaluator:
     def drain(self, start: int = 0) -> dict[str, Any]:
         """Copy the table to the host: `points` (S, 4) step, task, phase, stream position; `hits` (S, G); `valid`
         (S, G), from slot `start` on, and `totals` (G,)."""
+        self.engine.wait()
         return {
             "points": self.points[start:],
             "hits": self._table[start : len(self.points)].cpu(),
@@ -140,13 +179,17 @@ class Evaluator:
         }
 
     def state_dict(self) -> dict[str, Any]:
+        self.engine.wait()
         return {
+            "chunk": self.chunk,
             "points": torch.tensor(self.points, dtype=torch.int64).reshape(-1, 4),
             "valid": self._valid(0),
             "hits": self._table[: len(self.points)].clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.engine.changed()
+        self.chunk = state.get("chunk", self.chunk)  # checkpoints of schema 2 and older have none
         self.points = [(step, task, phase, position) for step, task, phase, position in state["points"].tolist()]
         self.active = [tuple(index for index, on in enumerate(row) if on) for row in state["valid"].tolist()]
         if len(self.points) > len(self._table):
@@ -154,8 +197,7 @@ class Evaluator:
         self._table[: len(self.points)] = state["hits"].to(self.device)
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def _count(self, method: Method, groups: tuple[int, ...], seen: int, row: Tensor) -> None:
-        version = method.features_version if not self.task_aware else None
+    def _count(self, method: Method, groups: tuple[int, ...], seen: int, version: int | None, row: Tensor) -> None:
         if self.task_aware:
             for index in groups:  # the network may differ by task: one forward pass each
                 self._count_rows(method, (index,), seen, row, self._task_id(self.scenario.groups[index]), None)
@@ -167,38 +209,44 @@ class Evaluator:
     ) -> None:
         if not groups:
             return
-        chosen, allowed = self._choose(groups, seen)
+        chosen = self._choose(groups, seen)
+        head = method.head(task) if self.head_counts is not None else None
         features = None
         if version is not None:
             features = torch.cat([self._group_features(method, index, version) for index in groups])
-        for start in range(0, len(chosen), self.chunk):
+        for start in range(0, len(chosen.places), self.chunk):
             cut = slice(start, start + self.chunk)
-            part = chosen[cut]
-            mask = allowed if allowed is None or allowed.ndim == 1 else allowed[cut]
+            part = chosen.places[cut]
+            targets, group = self.subset.targets[part], self.subset.group[part]
+            if head is not None and self.head_counts is not None:
+                given = method.features(self._images(part), task) if features is None else features[cut]
+                index = None if chosen.mask_index is None else chosen.mask_index[cut]
+                self.head_counts(given, head, targets, group, GroupCounts(row), chosen.masks, index)
+                continue
+            mask = chosen.masks if chosen.rows is None else chosen.rows[cut]
             if features is not None:
                 logits = method.classify(features[cut], self._allowed_for_method(mask), task)
             else:
-                logits = method.logits(self._read_subset(part), self._allowed_for_method(mask), task)
-            _, right = answer(logits, self.subset.targets[part], mask)
-            row.index_add_(0, self.subset.group[part], right.to(torch.int64))
+                logits = method.logits(self._images(part), self._allowed_for_method(mask), task)
+            _, right = answer(logits, targets, mask)
+            row.index_add_(0, group, right.to(torch.int64))
 
-    def _choose(self, groups: tuple[int, ...], seen: int) -> tuple[Tensor, Tensor | None]:
-        """Subset positions (R,) of the groups, and their mask: None, one (C,) for all, or (R, C)."""
+    def _choose(self, groups: tuple[int, ...], seen: int) -> "_Chosen":
         key = (groups, seen)
         if key not in self._chosen:
             if not self.task_aware:
                 self._chosen.clear()  # a newer state of the stream: the old choice does not come back
             starts = self.subset.starts
-            chosen = torch.cat([torch.arange(starts[g], starts[g + 1], device=self.device) for g in groups])
+            places = torch.cat([torch.arange(starts[g], starts[g + 1], device=self.device) for g in groups])
             masks = [self._allowed(g, seen) for g in groups]
-            allowed = masks[0]
-            if any(self._answerable[g] is not self._answerable[groups[0]] for g in groups):
+            if all(self._answerable[g] is self._answerable[groups[0]] for g in groups):
+                self._chosen[key] = _Chosen(places, masks[0])
+            else:
                 full = torch.ones(self.scenario.num_classes, dtype=torch.bool, device=self.device)
-                rows = [
-                    (full if m is None else m).expand(self.sizes[g], -1) for g, m in zip(groups, masks, strict=True)
-                ]
-                allowed = torch.cat(rows)
-            self._chosen[key] = (chosen, allowed)
+                table = torch.stack([full if m is None else m for m in masks])
+                sizes = torch.tensor([self.sizes[g] for g in groups], device=self.device)
+                index = torch.arange(len(groups), device=self.device).repeat_interleave(sizes, output_size=len(places))
+                self._chosen[key] = _Chosen(places, table, index, table[index] if self.head_counts is None else None)
         return self._chosen[key]
 
     def _group_features(self, method: Method, index: int, version: int) -> Tensor:
@@ -207,22 +255,12 @@ class Evaluator:
             # one pass per group: its bits must not depend on which other groups are active, or a resume would differ
             start, end = self.subset.starts[index], self.subset.starts[index + 1]
             parts = [
-                method.features(self._read_subset(torch.arange(a, min(a + self.chunk, end), device=self.device)), None)
+                method.features(self._images(torch.arange(a, min(a + self.chunk, end), device=self.device)), None)
                 for a in range(start, end, self.chunk)
             ]
             cached = (version, torch.cat(parts))
             self._features[index] = cached
         return cached[1]
-
-    def _read_subset(self, chosen: Tensor) -> Tensor:
-        subset = self.subset
-        if self._images is None:
-            view_bytes = 4 * math.prod(self.read.output_shape(self.view)) if self.view in self.read.views else 0
-            if view_bytes * len(subset.rows) > IMAGE_CACHE_BYTES:
-                domain = None if subset.domain is None else subset.domain[chosen]
-                return self.read(subset.rows[chosen], domain, self.view)
-            self._images = self.read(subset.rows, subset.domain, self.view)
-        return self._images[chosen]
 
     def _allowed(self, index: int, seen: int) -> Tensor | None:
         """(C,) bool classes an answer to group `index` may come from, None for all of them."""
@@ -256,25 +294,6 @@ class Evaluator:
     def _task_id(self, group: Group) -> int | None:
         return group.task if self.task_aware else None
 
-    def _subset(self, per_group: int, seed: int) -> _Subset:
-        rows, targets, domains, index, starts = [], [], [], [], [0]
-        for number, group in enumerate(self.scenario.groups):
-            rng = generator(seed, "evaluation-subset", number)
-            keep = torch.randperm(len(group.rows), generator=rng)[:per_group].sort().values
-            rows.append(group.rows[keep])
-            targets.append(group.targets[keep])
-            if group.domain is not None:
-                domains.append(group.domain[keep])
-            index.append(torch.full((len(keep),), number))
-            starts.append(starts[-1] + len(keep))
-        return _Subset(
-            torch.cat(rows).to(self.device),
-            torch.cat(targets).to(self.device),
-            torch.cat(domains).to(self.device) if domains else None,
-            torch.cat(index).to(self.device),
-            starts,
-        )
-
     def _valid(self, start: int) -> Tensor:
         valid = torch.zeros((len(self.points) - start, len(self.scenario.groups)), dtype=torch.bool)
         for slot, groups in enumerate(self.active[start:]):
@@ -282,12 +301,14 @@ class Evaluator:
         return valid
 
 
-def fitting_chunk(read: Reader, view: str, device: torch.device) -> int:
-    """Rows of one forward pass. On a CPU activations of large images fall out of the cache: mobilenetv2_100 at 128 px
-    takes 3 times longer per image in batches of 256 than in batches of 16 to 32 (see `clbench.backbones.features`)."""
-    if device.type != "cpu" or view not in read.views:
-        return CHUNK
-    return min(CHUNK, max(16, CHUNK * 3 * 32 * 32 // math.prod(read.output_shape(view))))
+class _Chosen(NamedTuple):
+    """What one observation looks at. places: (R,) int64 in the subset. masks: None, one (C,) bool for all, or (M, C)
+    with mask_index (R,) int64 and, unless heads are fused, the mask of every row, `rows` (R, C)."""
+
+    places: Tensor
+    masks: Tensor | None
+    mask_index: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def answer(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -301,17 +322,3 @@ def answer(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> tuple[Ten
     predicted = logits.masked_fill(~allowed, -torch.inf).argmax(dim=1)
     open_target = allowed[targets] if allowed.ndim == 1 else allowed.gather(1, targets[:, None])[:, 0]
     return predicted, (predicted == targets) & open_target
-
-
-@contextlib.contextmanager
-def watching(method: Method) -> Iterator[None]:
-    """Eval mode for all modules of a method, without gradients; every module's own mode is put back."""
-    training = [module for root in method.modules() for module in root.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

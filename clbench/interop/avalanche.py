@@ -31,8 +31,9 @@ def require_avalanche() -> None:
 
 
 def to_avalanche(
-    scenario: Scenario, store: ImageStore, *, train_view: str | None = None, test_view: str | None = None
-) -> "CLScenario":
+    scenario: Scenario, store: ImageStore, *, train_view: str | None = None, test_view: str | None = None,
+    rows_in_minibatch: bool = True,
+) -> "CLScenario":  # fmt: skip
     """The scenario as an Avalanche benchmark with `train_stream`, `test_stream` and, if tasks keep out validation rows,
     `valid_stream`.
 
@@ -48,6 +49,7 @@ def to_avalanche(
     Experiences carry `name`, and test experiences `answers`, the class ids an answer may come from. The benchmark
     carries `scenario` and `n_classes`.
 
+    rows_in_minibatch: False leaves the rows out of it: [x, y, t], as some strategies (DER) want it.
     store: of the scenario's data set, or of several joined by `clbench.data.join.join`. Views: the scenario's if None.
     Raises InputError if Avalanche is missing, or if views or store do not fit.
     """
@@ -69,7 +71,7 @@ def to_avalanche(
     ) -> "DatasetExperience[Any]":
         images = RowDataset(store, rows, targets, domain, scenario.domains)
         label = task if by_task and task is not None else 0
-        made = DatasetExperience(dataset=avalanche_dataset(images, label, views, group))
+        made = DatasetExperience(dataset=avalanche_dataset(images, label, views, group, rows_in_minibatch))
         for key, value in {"name": name, **extra}.items():
             setattr(made, key, value)
         return made
@@ -93,7 +95,9 @@ def to_avalanche(
     return benchmark
 
 
-def avalanche_dataset(images: RowDataset, task_label: int, views: dict[str, ViewTransform], group: str) -> Any:
+def avalanche_dataset(
+    images: RowDataset, task_label: int, views: dict[str, ViewTransform], group: str, rows_in_minibatch: bool
+) -> Any:
     """An Avalanche data set whose samples are (image, target, row, task label)."""
     from avalanche.benchmarks.utils import DataAttribute, TaskLabels
     from avalanche.benchmarks.utils.classification_dataset import TaskAwareSupervisedClassificationDataset
@@ -105,7 +109,7 @@ def avalanche_dataset(images: RowDataset, task_label: int, views: dict[str, View
         [images],
         data_attributes=[  # in this order: Avalanche takes the last entry of a minibatch for the task label
             DataAttribute(images.targets, "targets"),
-            DataAttribute(images.rows, "rows", use_in_getitem=True),
+            DataAttribute(images.rows, "rows", use_in_getitem=rows_in_minibatch),
             TaskLabels(labels),
         ],
         transform_groups=TransformGroups(views, current_group=group),

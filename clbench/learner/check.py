@@ -23,7 +23,13 @@ __all__ = ["Check", "check_method"]
 
 KNOWN_SETTINGS = {"class", "task", "domain"}
 MASKS = {"seen", "all", "task"}
-NARROW = {"reduced-resnet18": {"nf": 4}}  # options of the small backbones, since no accuracy is asked for
+# options and views of the small backbones, since no accuracy is asked for
+NARROW: dict[str, dict[str, Any]] = {
+    "reduced-resnet18": {"nf": 4},
+    "clip-small": {"pretrained": False},
+    "vit-tiny-32": {"width": 16, "heads": 2, "depth": 5},
+}
+VIEWS = {"clip-small": "rgb"}
 
 
 class Check(NamedTuple):
@@ -38,17 +44,19 @@ def check_method(name: str, hyperparameters: Mapping[str, Any] | None = None) ->
     """Run all checks on a method (id or path). Raises InputError if it can't be found or imported; whatever goes wrong
     behind that is a failed check with its reason."""
     found = registry.find(name)
+    view = VIEWS.get(found.cls.small_backbone, "")
     spec = RunSpec(
         method=name,
         scenario="split-digits",
         scenario_params={"per_class": 24, **({} if "class" in found.cls.settings else {"setting": "task"})},
-        set=dict(hyperparameters or {}),
+        set={**found.cls.quick, **(hyperparameters or {})},
         epochs=2,
         eval_every=3,
         eval_per_group=20,
         device="cpu",
-        train_view="",
-        test_view="",
+        train_view=view,
+        test_view=view,
+        allow_contamination=True,  # a reference set of digits, too: no other data are on every machine
         backbone=None if found.cls.frozen_backbone is True else found.cls.small_backbone,
         backbone_options=NARROW.get(found.cls.small_backbone, {}),
     )

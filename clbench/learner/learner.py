@@ -5,7 +5,7 @@ fresh process, and the rest of the run is the same to the bit.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clbench.evaluator import Evaluator, Schedule
+from clbench.learner.graphed_step import GraphedStep
 from clbench.learner.losses import LossLog
 from clbench.methods.base import Method
 from clbench.rng import derive_seed
@@ -74,8 +75,11 @@ class Learner:
         self.memory: list[dict[str, int]] = []  # after each task: what the method keeps, bytes by name
         self.sampled = 0  # evaluations that were due by samples
         self.times = {"data_s": 0.0, "train_s": 0.0, "evaluate_s": 0.0, "save_s": 0.0}
+        self.notes: list[str] = []  # what the record should say of this start
         self.images_trained = 0
         self.guard: Callable[[], AbstractContextManager[None]] = nullcontext  # tests put `forbid_host_reads` here
+        self.cuda_graph = False  # steps as CUDA graphs (`clbench.learner.graphed_step`)
+        self.measure_chunk = False  # choose the evaluator's rows of one forward pass by time, ahead of the first step
         self._save = save
         self._checkpoint_steps = checkpoint_steps
         self._checkpoint_seconds = checkpoint_seconds
@@ -91,13 +95,19 @@ class Learner:
     # -- the loop ------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Run to the end from wherever the cursor is. Raises RunFailed (NaN loss) or Interrupted."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """`run` that gives way behind every step: learners can take turns, for nothing of theirs is global between two
+        steps (`clbench.learner.side_by_side`)."""
         if self._progress is not None:
             self._progress.begin(self.at.step, self.total_steps())
         if self._restored is not None and not self._inside:
             self.method.load_state_dict(self._restored)
             self._restored = None
         while self.at.task < len(self.scenario.tasks):
-            self._run_task()
+            yield from self._run_task()
         self.losses.drain()
 
     def total_steps(self) -> int:
@@ -111,7 +121,7 @@ class Learner:
             for index, task in enumerate(self.scenario.tasks)
         ]
 
-    def _run_task(self) -> None:
+    def _run_task(self) -> Iterator[None]:
         index = self.at.task
         task = self.scenario.tasks[index]
         phases = self.method.phases(task, index)
@@ -128,20 +138,23 @@ class Learner:
             if self._restored is not None:
                 self.method.load_state_dict(self._restored)
                 self._restored = None
+            self.evaluator.phase_changed()
             if self.at.step == 0:
                 self._observe_start(plan)
-            self._run_phase(plan)
+            yield from self._run_phase(plan)
             self._seed_global("end")
             self.method.end_phase(task, phase, self.at)
+            self.evaluator.phase_changed()
             self.at = self.at._replace(phase=self.at.phase + 1, iteration=0, update=0)
             self._inside = False
         self._finish_task()
         self.at = self.at._replace(task=index + 1, phase=0)
         self.checkpoint()
 
-    def _run_phase(self, plan: Plan) -> None:
+    def _run_phase(self, plan: Plan) -> Iterator[None]:
         method, stream, evaluator, times = self.method, self.stream, self.evaluator, self.times
         task_start = self.task_starts[self.at.task]
+        take_step = GraphedStep(method, stream.device) if self.cuda_graph else method.step
         clock = time.perf_counter
         while self.at.iteration < plan.iterations:
             at = self.at
@@ -150,7 +163,7 @@ class Learner:
             got = clock()
             self._seed_global("step")
             with self._autocast(), self.guard():
-                losses = method.step(batch)
+                losses = take_step(batch)
             step = at.step + 1
             self.losses.add(step, losses)
             self.images_trained += len(batch.rows)
@@ -173,9 +186,13 @@ class Learner:
                 if method.end_epoch(task, plan.phase, self.at):
                     self.at = self.at._replace(iteration=plan.iterations)
             self._housekeeping(plan)
+            yield
 
     def _observe_start(self, plan: Plan) -> None:
         begin = time.perf_counter()
+        if self.measure_chunk and not self.evaluator.points:
+            with self._autocast():
+                self.evaluator.measure_chunk(self.method)
         if self.schedule.on and not self.evaluator.points:
             with self._autocast():
                 self.evaluator.observe(self.method, 0, 0, 0, self.stream.position(plan, 0))

@@ -8,24 +8,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from clbench import backbones, data, scenarios
 from clbench.backbones.backbone import Backbone
+from clbench.backbones.catalogue import EMBEDDED, is_clip
 from clbench.backbones.factory import parse_option
 from clbench.data.join import join
 from clbench.data.reader import Reader
 from clbench.data.store import ImageStore
 from clbench.errors import InputError, unknown_name
 from clbench.evaluator import Evaluator, Schedule, fit_schedule
-from clbench.evaluator.evaluator import Mask
+from clbench.evaluator.evaluator import HeadCounts, Mask
+from clbench.evaluator.parts import PartsEvaluator
+from clbench.learner.graphed_step import check_graphable
+from clbench.learner.reference import FoundReference, find_reference
 from clbench.learner.spec import RunSpec
 from clbench.methods import registry
-from clbench.methods.base import Method, Setting
+from clbench.methods.base import Method, Reference, Setting
 from clbench.methods.config import make_config
 from clbench.rng import derive_seed, generator
+from clbench.scenarios.families import FAMILIES
 from clbench.scenarios.model import Scenario
 from clbench.stream import Plan, Stream
 
@@ -33,6 +39,7 @@ __all__ = ["Resolved", "make_method", "resolve"]
 
 
 VIEWS = ("train_view", "test_view")
+RESIDENT: WeakValueDictionary[tuple[str, str, str], ImageStore] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Resolved:
             (sum(plan.steps for plan in plans), len(task.rows))
             for plans, task in zip(self.plans, self.scenario.tasks, strict=True)
         ]
-        return Evaluator(
+        return PartsEvaluator(
             self.scenario,
             self.reader,
             view=self.method.view,
@@ -82,6 +89,9 @@ class Resolved:
             slots=1 + sum(self.schedule.count(steps, rows) + 1 for steps, rows in tasks),
             seed=self.spec.seed,
             device=self.device,
+            chunk=self.spec.eval_batch if isinstance(self.spec.eval_batch, int) else None,
+            engine=self.spec.evaluator,
+            head_counts=fused_counts() if self.spec.fused else None,
         )
 
     def feature_rows(self) -> Tensor:
@@ -96,6 +106,7 @@ def resolve(spec: RunSpec) -> Resolved:
     """Find everything `spec` names. Nothing is written but data caches. Raises InputError for what can't be used."""
     device = find_device(spec.device)
     found = registry.find(spec.method)
+    check_speed_options(spec, device, found)
     preset = scenarios.find(spec.scenario).with_params(spec.scenario_params)
     recipe = registry.find_recipe(found, preset.id)
     stores = data.load_all(
@@ -103,7 +114,7 @@ def resolve(spec: RunSpec) -> Resolved:
     )
     order_seed = spec.seed if spec.order_seed is None else spec.order_seed
     scenario = scenarios.build(preset, [store.table() for store in stores], order_seed)
-    store = join(stores).to(device)
+    store = on_device(join(stores), device)
     check_setting(found, scenario)
 
     config, hyperparameters = make_config(
@@ -112,8 +123,9 @@ def resolve(spec: RunSpec) -> Resolved:
         f"method {found.id}",
     )
     options = run_options(spec, recipe, scenario, found.cls)
-    name, backbone_options, weights = backbone_choice(spec, recipe, store, found)
-    choose_native_views(options, name.value, spec.weights, backbone_options.value)
+    name, backbone_options, weights = backbone_choice(spec, recipe, store, found, preset.family)
+    for_texts = is_clip(name.value) and bool(scenario.prompts)
+    choose_native_views(options, name.value, spec.weights, backbone_options.value, for_texts)
     views = {"train": options["train_view"].value, "test": options["test_view"].value}
     network = backbones.build(
         name.value, in_shape=input_shape(store, views["test"]), seed=spec.seed, weights=spec.weights,
@@ -121,7 +133,8 @@ def resolve(spec: RunSpec) -> Resolved:
     )  # fmt: skip
     contaminated = check_contamination(network, store, name.value, spec.allow_contamination)
     fingerprint = str(network.fingerprint)
-    reader = Reader(store, views, scenario.domains)
+    reader = fused_reader(store, views, scenario.domains) if spec.fused else Reader(store, views, scenario.domains)
+    extra = reference_of(found, config, spec, store, views["test"], preset.size, network)
 
     stream = Stream(
         scenario, reader, seed=spec.seed, device=device,
@@ -129,7 +142,7 @@ def resolve(spec: RunSpec) -> Resolved:
         updates=options["updates_per_batch"].value,
     )  # fmt: skip
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
-    method = make_method(found.cls, config, network, scenario, stream)
+    method = make_method(found.cls, config, network, scenario, stream, extra.reference if extra else None)
     mask: Mask = "task" if scenario.setting == "task" else options["mask"].value
     plans = [
         [stream.plan(index, phase, number) for number, phase in enumerate(method.phases(task, index))]
@@ -161,11 +174,18 @@ def resolve(spec: RunSpec) -> Resolved:
         "precision": spec.precision,
         "device_type": device.type,
     }
+    identity |= {key: True for key in ("compile", "cuda_graph", "fused") if getattr(spec, key)}
+    if spec.compile:
+        network.compile(dynamic=False)
     if schedule.samples is not None:
         identity["eval_samples"] = schedule.samples
+    if extra is not None:
+        identity["reference_fingerprint"] = extra.reference.fingerprint
     document = {
         **identity,
         "hyperparameters": hyperparameters,
+        "evaluator": spec.evaluator,
+        "eval_batch": spec.eval_batch,
         "setting": scenario.setting,
         "scenario_params": {key: plain(value) for key, value in scenario.params.items()},
         "datasets": list(scenario.datasets),
@@ -173,8 +193,10 @@ def resolve(spec: RunSpec) -> Resolved:
         "num_classes": scenario.num_classes,
         "weights": spec.weights.name if spec.weights else None,
         "pretrained_on": list(network.pretrained_on),
-        "contaminated": contaminated,
+        "contaminated": "; ".join(filter(None, (contaminated, extra.overlap if extra else None))) or None,
         "recipe": recipe.source if recipe else None,
+        "protocol_family": preset.family,
+        "protocol_changes": protocol_changes(preset, options, name.value, backbone_options.value),
         "sources": {
             "backbone": name.source,
             "weights": weights,
@@ -183,10 +205,23 @@ def resolve(spec: RunSpec) -> Resolved:
             **{key: choice.source for key, choice in options.items()},
         },
     }
+    if extra is not None:
+        document["reference"] = extra.document
     return Resolved(
         spec, found, scenario, store, reader, network, config, device, mask, stream, method, plans, schedule, per_group,
         identity, document,
     )  # fmt: skip
+
+
+def on_device(store: ImageStore, device: torch.device) -> ImageStore:
+    """The store on `device`; runs of one process that live at the same time share one copy of the images on a GPU."""
+    if device.type == "cpu":
+        return store.to(device)
+    key = (store.name, store.fingerprint, str(device))
+    resident = RESIDENT.get(key)
+    if resident is None:
+        resident = RESIDENT[key] = store.to(device)
+    return resident
 
 
 def find_device(name: str) -> torch.device:
@@ -204,6 +239,31 @@ def find_device(name: str) -> torch.device:
             f"device {name} is not there (CUDA devices found: {torch.cuda.device_count()}); use --device cpu or auto"
         )
     return device
+
+
+def check_speed_options(spec: RunSpec, device: torch.device, found: registry.FoundMethod) -> None:
+    """Refuse what needs a GPU elsewhere, and graphs of steps that cannot be captured."""
+    wanted = {"--evaluator graph": spec.evaluator == "graph", "--fused": spec.fused, "--cuda-graph": spec.cuda_graph}
+    for option, asked in wanted.items():
+        if asked and device.type != "cuda":
+            raise InputError(f"{option} needs a CUDA device, but this run is on the {device.type}; leave it out")
+    if spec.cuda_graph:
+        check_graphable(found.cls, found.id)
+
+
+def fused_counts() -> HeadCounts:
+    """The kernel; Triton is imported here and nowhere else."""
+    from clbench.evaluator.kernels import head_counts
+
+    return head_counts
+
+
+def fused_reader(store: ImageStore, views: Mapping[str, str], domains: Any) -> Reader:
+    """A reader with the kernel."""
+    from clbench.evaluator.images import FusedReader
+    from clbench.evaluator.kernels import gather_images
+
+    return FusedReader(store, views, domains, gather=gather_images)
 
 
 def check_setting(found: registry.FoundMethod, scenario: Scenario) -> None:
@@ -249,7 +309,11 @@ def run_options(
 
 
 def backbone_choice(
-    spec: RunSpec, recipe: registry.Recipe | None, store: ImageStore, found: registry.FoundMethod
+    spec: RunSpec,
+    recipe: registry.Recipe | None,
+    store: ImageStore,
+    found: registry.FoundMethod,
+    family: str | None = None,
 ) -> tuple[Choice, Choice, str]:
     """Name and options of the backbone, and where its weights come from."""
     if spec.backbone is not None:
@@ -258,6 +322,9 @@ def backbone_choice(
     elif recipe is not None and recipe.backbone is not None:
         name = Choice(recipe.backbone, f"recipe: {recipe.source}")
         options = Choice({**(recipe.backbone_options or {}), **spec.backbone_options}, name.source)
+    elif family is not None:
+        name = Choice(FAMILIES[family].backbone, f"protocol family {family}")
+        options = Choice(dict(spec.backbone_options), "--backbone-set")
     else:
         channels, height, width = store.image_shape
         small = channels == 1 and height * width <= 28 * 28
@@ -268,18 +335,35 @@ def backbone_choice(
     return name, options, "--weights" if spec.weights else "backbone"
 
 
+def protocol_changes(
+    preset: scenarios.Preset, options: Mapping[str, Choice], backbone: str, backbone_options: Mapping[str, Any]
+) -> list[str]:
+    """What a run has changed of its scenario's protocol family, by name: its numbers stand beside others only with that
+    said. Hyperparameters are the recipe's affair, and who has set them is in the record anyway."""
+    if preset.family is None:
+        return []
+    changed = [] if backbone == FAMILIES[preset.family].backbone and not backbone_options else ["backbone"]
+    changed += [key for key, choice in options.items() if choice.source.startswith("--") and key != "eval_per_group"]
+    return changed + sorted(preset.changed)
+
+
 def choose_native_views(
-    options: dict[str, Choice], name: str, weights: Path | None, backbone_options: Mapping[str, Any]
+    options: dict[str, Choice],
+    name: str,
+    weights: Path | None,
+    backbone_options: Mapping[str, Any],
+    for_texts: bool = False,
 ) -> None:
     """Replace the view `native` by the pipeline that the backbone's weights were published with, in place. A pretrained
-    timm backbone takes it too where only the scenario, which knows nothing of the backbone, has named a view."""
-    if name in {entry["name"] for entry in backbones.list_backbones()}:
+    backbone of timm or open_clip takes it too where only the scenario, which knows nothing of the backbone, has named a
+    view; one with prompts was made for a text encoder's images (`for_texts`)."""
+    if name in EMBEDDED:
         native = None
         wanted = [key for key in VIEWS if options[key].value == "native"]
     else:
         pretrained = parse_option(backbone_options.get("pretrained", True)) is not False
         native = backbones.native_view(name, weights=weights, pretrained=pretrained)
-        told = weights is not None or pretrained
+        told = (weights is not None or pretrained) and not for_texts
         wanted = [k for k in VIEWS if options[k].value == "native" or (told and options[k].source == "scenario")]
     if wanted and native is None:
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in wanted)
@@ -307,7 +391,28 @@ def check_contamination(network: Backbone, store: ImageStore, name: str, allowed
     return problem
 
 
-def make_method(cls: type[Method], config: Any, network: nn.Module, scenario: Scenario, stream: Stream) -> Method:
+def reference_of(
+    found: registry.FoundMethod, config: Any, spec: RunSpec, store: ImageStore, view: str, size: int | None,
+    network: Backbone,
+) -> FoundReference | None:  # fmt: skip
+    """The reference set that the method asks for."""
+    wanted = found.cls.reference(config)
+    if wanted is None:
+        return None
+    return find_reference(
+        wanted, store, view=view, size=size, roots=spec.data, pretrained_on=network.pretrained_on,
+        allowed=spec.allow_contamination,
+    )  # fmt: skip
+
+
+def make_method(
+    cls: type[Method],
+    config: Any,
+    network: nn.Module,
+    scenario: Scenario,
+    stream: Stream,
+    reference: Reference | None = None,
+) -> Method:
     """Construct the method; its initial draws depend on the run's seed alone."""
     reader, device = stream.read, stream.device
 
@@ -330,6 +435,8 @@ def make_method(cls: type[Method], config: Any, network: nn.Module, scenario: Sc
         prompts=scenario.prompts,
         read=reader,
         rng=rng,
+        reference=reference,
+        stream_length=scenario.offsets[-1],
     )
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):

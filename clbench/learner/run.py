@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +26,16 @@ from clbench.metrics import Curve, per_level, summarise
 from clbench.scenarios.model import Scenario
 from clbench.store.record import RunRecord, run_id
 
-__all__ = ["RunResult", "attach_features", "make_learner", "run", "run_folder", "weights_digest"]
+__all__ = [
+    "RunResult",
+    "attach_features",
+    "make_learner",
+    "process_state",
+    "run",
+    "run_folder",
+    "start",
+    "weights_digest",
+]
 
 
 @dataclass(frozen=True)
@@ -49,39 +58,81 @@ def run(resolved: Resolved, progress: Progress | None = None, *, fresh: bool = F
 
     Raises RunFailed (NaN loss, full disk, record in use) and KeyboardInterrupt (checkpoint saved).
     """
+    with process_state(resolved.device, resolved.spec.threads) as stopped:
+        running = start(resolved, stopped, progress, fresh=fresh)
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                result: RunResult = end.value
+                return result
+
+
+def start(
+    resolved: Resolved, stop: Callable[[], bool], progress: Progress | None = None, *, fresh: bool = False
+) -> Generator[None, None, RunResult]:
+    """One run that gives way behind every step, to be driven inside `process_state`; its value is the result.
+
+    Raises as `run` does. Closing it unfinished frees its record; what the newest checkpoint holds is kept.
+    """
     path = run_folder(resolved)
     if fresh:
         path = next_free(path)
     record = RunRecord(path)
     if record.is_done():
         return RunResult(path, record.read_summary(), "found")
-    spec = resolved.spec
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    with record.lock(), exact_arithmetic(resolved), stop_signals() as stopped:
+    with record.lock():
         record.create(resolved.document)
         record.append_env(device=resolved.device)
         begin = time.perf_counter()
         if resolved.method.view == "features":
             attach_features(resolved, progress)
+        with memory_sentence(resolved):
+            resolved.method.prepare(
+                None if progress is None else lambda done, of: progress.stage("preparing", done, of)
+            )
         extracting = time.perf_counter() - begin
-        learner = make_learner(resolved, save=record.save_checkpoint, progress=progress, stop=stopped)
+        learner = make_learner(resolved, save=record.save_checkpoint, progress=progress, stop=stop)
         saved = record.load_checkpoint()
         if saved is not None:
             learner.load_state_dict(saved)
+        for text in learner.notes:
+            record.note(text)
         try:
-            with torch.random.fork_rng([resolved.device] if resolved.device.type == "cuda" else []):
-                learner.run()
+            with memory_sentence(resolved):
+                yield from learner.steps()
         except Interrupted:
             raise KeyboardInterrupt from None
-        except torch.OutOfMemoryError as error:
-            raise RunFailed(
-                f"out of memory on {resolved.device}: lower --batch-size or --eval-per-group ({error})"
-            ) from error
         learner.times["extract_s"] = learner.times.get("extract_s", 0.0) + extracting
         summary = write_record(resolved, record, learner)
-        record.finish(keep_checkpoint=spec.keep_checkpoint)
+        record.finish(keep_checkpoint=resolved.spec.keep_checkpoint)
     return RunResult(path, summary, "done")
+
+
+@contextlib.contextmanager
+def memory_sentence(resolved: Resolved) -> Iterator[None]:
+    """Turn the device's or the host's out-of-memory error into a sentence that names what to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        advice = resolved.method.memory_advice
+        raise RunFailed(f"out of memory on {resolved.device}: lower {advice} ({error})") from error
+
+
+@contextlib.contextmanager
+def process_state(device: torch.device, threads: int | None) -> Iterator[Callable[[], bool]]:
+    """What runs need of the whole process: exact arithmetic, threads, the global generators given back at the end.
+    Gives a function that says whether somebody asked to stop."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with (
+        exact_arithmetic(device),
+        stop_signals() as stopped,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
+        yield stopped
 
 
 def make_learner(
@@ -99,13 +150,17 @@ def make_learner(
             return torch.autocast(resolved.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    return Learner(
+    kind: type[Learner] = resolved.method.learner or Learner
+    learner = kind(
         resolved.scenario, resolved.stream, resolved.method, resolved.evaluator(), resolved.schedule,
         save=save,
         checkpoint_steps=spec.checkpoint_every,
         before_training=resolved.mask != "seen",
         autocast=autocast, progress=progress, stop=stop,
     )  # fmt: skip
+    learner.cuda_graph = spec.cuda_graph
+    learner.measure_chunk = spec.eval_batch == "measured"
+    return learner
 
 
 def attach_features(resolved: Resolved, progress: Progress | None) -> None:
@@ -163,7 +218,7 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
     metrics = summarise(
         matrix, group_task=group_task, sizes=sizes, setting=scenario.setting, mask=resolved.mask, before=rows.get(-1),
         curve=curve, active=active, sample_period=scenario.defaults.eval_samples if scenario.online else None,
-        own=own_samples(scenario),
+        own=own_samples(scenario), parts=(drained["parts"], drained["part_totals"]) if "parts" in drained else None,
     )  # fmt: skip
     levels = np.array([group.level for group in scenario.groups])
     phase_names = [[plan.phase.name for plan in plans] for plans in resolved.plans]
@@ -188,6 +243,7 @@ def write_record(resolved: Resolved, record: RunRecord, learner: Learner) -> dic
         "peak_memory_bytes": peak_memory(resolved.device),
         "forward_flops_per_image": forward_flops(resolved),
         "evaluations": len(points),
+        "eval_batch": evaluator.chunk,
         "weights_sha256": weights_digest(resolved.method),
     }
     record.write_summary(summary)
@@ -249,16 +305,17 @@ def forward_flops(resolved: Resolved) -> int:
     network = resolved.backbone
     mode = network.training
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    as_written = torch.compiler.set_stance("force_eager") if resolved.spec.compile else contextlib.nullcontext()
+    with counter, torch.no_grad(), as_written:
         network.eval()(torch.zeros((1, *shape), device=resolved.device))
     network.train(mode)
     return int(counter.get_total_flops())
 
 
 @contextlib.contextmanager
-def exact_arithmetic(resolved: Resolved) -> Iterator[None]:
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Full fp32 and deterministic kernels on a GPU, so that a resumed run is the same to the bit."""
-    if resolved.device.type != "cuda":
+    if device.type != "cuda":
         yield
         return
     before = (

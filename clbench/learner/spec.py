@@ -1,7 +1,7 @@
 """What a user asks for: one run, before anything is looked up."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,10 @@ class RunSpec(BaseModel):
     order_seed: class and stream order, `seed` if None. eval_every: steps between evaluations, 0 for none.
     eval_per_group: test rows of each group per evaluation. epochs: passes per task where the scenario is not online.
     updates_per_batch: optimiser steps on each batch.
+    evaluator, eval_batch: how observations are carried out (`clbench.evaluator.engine`), and rows of one forward pass:
+    a number, `measured`, or None for a rule; the numbers that come out are the same.
+    fused: Triton kernels for reading and counting. cuda_graph: training steps captured as CUDA graphs. compile:
+    torch.compile of the backbone. All three round differently, so they are part of what a run is.
     data: folders searched first. checkpoint_every: steps; None saves every minute.
     """
 
@@ -39,6 +43,11 @@ class RunSpec(BaseModel):
     updates_per_batch: int | None = Field(default=None, ge=1)
     train_view: str | None = None
     test_view: str | None = None
+    evaluator: Literal["plain", "snapshot", "graph"] = "plain"
+    eval_batch: Annotated[int, Field(ge=1)] | Literal["measured"] | None = None
+    fused: bool = False
+    cuda_graph: bool = False
+    compile: bool = False
     data: tuple[Path, ...] = ()
     out: Path = Path("results/runs")
     allow_contamination: bool = False

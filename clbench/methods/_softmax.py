@@ -13,22 +13,29 @@ from clbench.methods.base import Head, Method, Setting, freeze, hp
 from clbench.scenarios.model import Task
 from clbench.stream.types import Batch, Phase
 
-__all__ = ["SgdConfig", "SoftmaxMethod"]
+__all__ = ["OptimizerConfig", "SgdConfig", "SoftmaxMethod"]
 
 
 @dataclass(frozen=True)
-class SgdConfig:
-    """Optimiser and loss of a softmax classifier."""
+class OptimizerConfig:
+    """Which optimiser trains, and how fast."""
 
     lr: float = hp(
         0.1, "learning rate", low=0.0, high=10.0, scale="log", source="online_baselines card, family A",
         tune={"low": 1e-3, "high": 0.3},
     )  # fmt: skip
     optimizer: str = hp(
-        "sgd", "SGD, or Adam with its usual betas", choices=("sgd", "adam"), source="si_blurry card, section 2: adam"
-    )
+        "sgd", "SGD, or Adam or AdamW with their usual betas", choices=("sgd", "adam", "adamw"),
+        source="si_blurry card, section 2: adam; online_baselines card, family C: adam, adamw",
+    )  # fmt: skip
     momentum: float = hp(0.0, "momentum of SGD", low=0.0, high=0.999)
     weight_decay: float = hp(0.0, "weight decay", low=0.0, high=1.0, scale="log")
+
+
+@dataclass(frozen=True)
+class SgdConfig(OptimizerConfig):
+    """Optimiser and loss of a softmax classifier."""
+
     train: str = hp(
         "all", "all: backbone and head; head: the backbone stays as it is, and its features are kept (no augmentation)",
         choices=("all", "head"), source="si_blurry card, section 2: ER there trains the head",
@@ -48,10 +55,14 @@ class SoftmaxMethod(Method):
         if config.train == "head":
             self.frozen_backbone, self.view = True, "features"
             freeze(backbone)
-        self.classifier = nn.Linear(width_of(backbone), setting.num_classes)
+        self.classifier = self.make_classifier(width_of(backbone), setting.num_classes)
         learned = [p for p in [*backbone.parameters(), *self.classifier.parameters()] if p.requires_grad]
         self.optimizer = make_optimizer(config, learned)
         self._siblings = siblings(setting)
+
+    def make_classifier(self, num_features: int, num_classes: int) -> nn.Module:
+        """(B, D) -> (B, C): a linear layer with PyTorch's initialisation."""
+        return nn.Linear(num_features, num_classes)
 
     def phases(self, task: Task, index: int) -> Sequence[Phase]:
         """One loop over the task."""
@@ -64,16 +75,19 @@ class SoftmaxMethod(Method):
 
     def loss(self, images: Tensor, targets: Tensor, seen: Tensor) -> Tensor:
         """Mean cross entropy of (B, C, H, W) images and (B,) int64 targets; `seen`: (C,) bool."""
-        logits = self.classifier(self.features(images, None))
+        return self.cross_entropy(self.classifier(self.features(images, None)), targets, seen)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, seen: Tensor) -> Tensor:
+        """Mean cross entropy of (B, C) logits over the classes that a sample's softmax runs over."""
         if self._siblings is not None:
             logits = logits.masked_fill(~self._siblings[targets], -torch.inf)
         if self.config.train_classes == "seen":
             logits = logits.masked_fill(~seen, -torch.inf)
         return nn.functional.cross_entropy(logits, targets)
 
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Cross entropy on the batch, one SGD step."""
-        loss = self.loss(batch.images, batch.targets, batch.seen)
+    def update(self, inputs: Any) -> Mapping[str, Tensor]:
+        """Cross entropy on the batch, one step of the optimiser."""
+        loss = self.loss(inputs.images, inputs.targets, inputs.seen)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -84,6 +98,7 @@ class SoftmaxMethod(Method):
         return out
 
     def head(self, task: int | None) -> Head:
+        assert isinstance(self.classifier, nn.Linear)
         return Head("linear", self.classifier.weight, self.classifier.bias)
 
 
@@ -94,10 +109,12 @@ def width_of(backbone: nn.Module) -> int:
     return width
 
 
-def make_optimizer(config: SgdConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser that a config names."""
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 

@@ -18,7 +18,7 @@ from clbench.data.classes import ClassTable
 from clbench.scenarios.model import SettingName, Task
 from clbench.stream.types import Batch, Cursor, Phase
 
-__all__ = ["Head", "Method", "NoConfig", "Setting", "freeze", "hp"]
+__all__ = ["Head", "Method", "NoConfig", "Reference", "ReferenceSpec", "Setting", "freeze", "hp"]
 
 FROZEN_FLAG = "_clbench_frozen"
 
@@ -63,6 +63,32 @@ class Reader(Protocol):
     ) -> Tensor: ...
 
 
+class ReferenceSpec(NamedTuple):
+    """A reference set that a method asks for: data of its own, besides the scenario's, without labels.
+
+    images: data sets or folders, read at the scenario's size through its test view.
+    texts: `imagenet-names` (a photo of each of the 1,000 classes), a data set (its first prompt over its classes), or a
+        file with a sentence per line; images and texts need not belong together.
+    rows: which rows of the data sets. limit: at most so many images, drawn evenly from all of them; None for all.
+    """
+
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+    rows: Literal["all", "train", "test"] = "all"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference set. read(rows): (B,) int64 in 0..num_images-1 on the device -> (B, C, H, W) float32, test view.
+    texts: sentences. fingerprint: sha256 of images, rows, view and texts."""
+
+    num_images: int
+    texts: tuple[str, ...]
+    read: Callable[[Tensor], Tensor]
+    fingerprint: str
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a method may know of the world.
@@ -74,6 +100,8 @@ class Setting:
     scenario_id, online, epochs, batch_size: the scenario's.
     read(rows, domain, view, rng): (B,) int64 -> (B, C, H, W) float32; for replay, second views, reference sets.
     rng(purpose, *keys): a generator on `device` that depends on the run's seed and these arguments alone.
+    reference: what `Method.reference` asked for, or None.
+    stream_length: samples of the whole stream, one pass over each task.
     """
 
     classes: ClassTable
@@ -91,6 +119,8 @@ class Setting:
     prompts: Mapping[int, tuple[str, ...]]
     read: Reader
     rng: Callable[..., torch.Generator]
+    reference: Reference | None = None
+    stream_length: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -100,13 +130,16 @@ class Setting:
 class Head(NamedTuple):
     """A classifier over `features`, for evaluators that fuse it with the count.
 
-    kind `linear`: F W^T + b; `cosine`: scale * cos(F, W); `nearest`: 2 F W^T - |W|^2 on F as given. W: (C, D), b: (C,).
+    kind `linear`: F W^T + b; `cosine`: scale * F/(|F| + eps) . W/(|W| + eps) + b, 0 for a vector of zeros;
+    `nearest`: 2 F W^T - |W|^2 + b on F as given; `text`: as `cosine`, W being the text features of the classes.
+    W: (C, D), b: (C,). scale: a number, or a 0-d tensor where it is learned (the exponential of CLIP's).
     """
 
-    kind: Literal["linear", "cosine", "nearest"]
+    kind: Literal["linear", "cosine", "nearest", "text"]
     weight: Tensor
     bias: Tensor | None = None
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
+    eps: float = 1e-12
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -128,6 +161,9 @@ class Method:
     view: what the evaluator reads images through; `features` for cached features of a frozen backbone.
     frozen_backbone: True if the method never changes the backbone, so that its features may be cached.
     small_backbone: built-in backbone for images up to 28 px where the user names none (and for `clbench check`).
+    graphable: True if `update` has static shapes and may be captured in a CUDA graph; a subclass must say so itself.
+    learner: class that drives it instead of `clbench.learner.Learner`, for methods with a loop of their own
+        (`clbench.interop.strategies`).
     """
 
     Config: ClassVar[type] = NoConfig
@@ -135,6 +171,10 @@ class Method:
     mask: ClassVar[Literal["seen", "all", "task"]] = "seen"
     aliases: ClassVar[tuple[str, ...]] = ()
     small_backbone: ClassVar[str] = "mlp"
+    graphable: ClassVar[bool] = False
+    quick: ClassVar[Mapping[str, Any]] = {}  # hyperparameters for `clbench check`, where the defaults take minutes
+    memory_advice: ClassVar[str] = "--batch-size or --eval-per-group"  # what to lower when memory runs out
+    learner: ClassVar[Any] = None
     view: str = "test"
     frozen_backbone: bool = False
 
@@ -143,6 +183,15 @@ class Method:
         self.config = config
         self.setting = setting
         self.backbone = backbone
+
+    @classmethod
+    def reference(cls, config: Any) -> ReferenceSpec | None:
+        """The reference set that it reads under `config`, to be found in `setting.reference`; None for most methods."""
+        return None
+
+    def prepare(self, report: Callable[[int, int], None] | None = None) -> None:
+        """Once ahead of the first step of a process: what is computed from the initial network and kept on disk, such
+        as the features of a frozen teacher. `report(done, total)` shows progress."""
 
     # -- what to run ---------------------------------------------------------------------------------------------
     def phases(self, task: Task, index: int) -> Sequence[Phase]:
@@ -157,8 +206,25 @@ class Method:
         before `load_state_dict`; must not draw, and must not depend on what was learned."""
 
     def step(self, batch: Batch) -> Mapping[str, Tensor]:
-        """One update. Returns named 0-d device tensors (losses). No host read: no `.item()`, `if tensor`, `.cpu()`."""
+        """One update. Returns named 0-d device tensors (losses). No host read: no `.item()`, `if tensor`, `.cpu()`.
+        Override this, or its three parts where the step shall be captured in a CUDA graph (`graphable`)."""
+        losses = self.update(self.draw(batch))
+        self.keep(batch)
+        return losses
+
+    def draw(self, batch: Batch) -> Any:
+        """First part of a step, always run: whatever depends on generators, cursor or plain numbers. Returns what
+        `update` computes with: the batch, or a tuple of it and further tensors, None, or tuples of them."""
+        return batch
+
+    def update(self, inputs: Any) -> Mapping[str, Tensor]:
+        """Second part: forward, backward, optimiser; a function of the tensors in `inputs` and of the method's tensors.
+        Under `graphable` it runs as it was captured: it changes no plain attribute, and what it reads of plain numbers
+        stays as it was then; what changes must come as a tensor. `inputs` have no cursor there."""
         raise NotImplementedError(f"{type(self).__name__} has no step")
+
+    def keep(self, batch: Batch) -> None:
+        """Third part, always run: what is remembered of the batch."""
 
     def end_epoch(self, task: Task, phase: Phase, at: Cursor) -> bool:
         """Behind each pass over the source; True ends the phase (early stopping). May read the host."""

@@ -10,6 +10,7 @@ class Finetune(SoftmaxMethod):
 
     Config = SgdConfig
     aliases = ("seqft", "naive", "sgd")
+    graphable = True
 
 
 METHOD = Finetune

@@ -32,6 +32,7 @@ class Joint(SoftmaxMethod):
 
     Config = JointConfig
     aliases = ("cumulative", "multitask")
+    graphable = True
 
     def __init__(self, config: JointConfig, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,8 @@ __all__ = ["FoundMethod", "Recipe", "find", "find_recipe", "list_methods"]
 FOLDER = Path(__file__).parent
 NOT_METHODS = {"__init__", "base", "registry", "config"}
 GROUP = "clbench.methods"
+# `avalanche:Replay`: prefix -> module whose `find` knows the rest. By name, since they stand above the methods.
+FAMILIES = {"avalanche": "clbench.interop.strategies"}
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,19 @@ def list_methods() -> list[dict[str, Any]]:
     return described
 
 
+def parse(path: Path) -> ast.Module:
+    """The syntax tree of a file, read again only when the file has changed."""
+    return parse_version(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def parse_version(path: Path, changed: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """What `list_methods` says of one file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    tree = parse(path)
     doc = ast.get_docstring(tree) or ""
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     name = next(
@@ -110,8 +123,8 @@ def class_attributes(node: ast.ClassDef) -> dict[str, Any]:
 def config_of(path: Path, classes: Mapping[str, ast.ClassDef], name: str) -> list[dict[str, Any]]:
     """Hyperparameters declared by `hp(...)` in a Config class and its bases, from this file or a sibling's."""
     if name not in classes:
-        for sibling in sorted(path.parent.glob("_*.py")):
-            tree = ast.parse(sibling.read_text(encoding="utf-8"))
+        for sibling in [*imported_from(path, name), *sorted(path.parent.glob("_*.py"))]:
+            tree = parse(sibling)
             found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
             if name in found:
                 return config_of(sibling, found, name)
@@ -131,6 +144,18 @@ def config_of(path: Path, classes: Mapping[str, ast.ClassDef], name: str) -> lis
     return out
 
 
+def imported_from(path: Path, name: str) -> list[Path]:
+    """The file of this folder that `path` imports `name` from, if there is one."""
+    tree = parse(path)
+    sources = [
+        FOLDER / f"{node.module.rpartition('.')[2]}.py"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clbench.methods.")
+        and any(alias.name == name for alias in node.names)
+    ]  # fmt: skip
+    return [source for source in sources if source.is_file() and source != path]
+
+
 def literal(node: ast.expr) -> Any:
     """The value of a literal, or its source text."""
     try:
@@ -140,7 +165,7 @@ def literal(node: ast.expr) -> Any:
 
 
 def find(name: str) -> FoundMethod:
-    """Import a method by id, alias, path to a file, or entry point.
+    """Import a method by id, alias, path to a file, entry point, or as `avalanche:<strategy>`.
 
     Raises InputError if there is none, if its file can't be imported, or if it defines no METHOD.
     """
@@ -150,6 +175,10 @@ def find(name: str) -> FoundMethod:
             raise InputError(f"method file {name} does not exist; give the path of a Python file that defines METHOD")
         module = import_file(path)
         return FoundMethod(path.stem, method_of(module, str(path)), sha256(path.read_bytes()).hexdigest(), path)
+    family, colon, rest = name.partition(":")
+    if colon and family.lower() in FAMILIES:
+        outside: FoundMethod = importlib.import_module(FAMILIES[family.lower()]).find(rest)
+        return outside
     wanted = canonical(name)
     listed = {entry["id"]: entry for entry in list_methods()}
     by_alias = {canonical(alias): entry["id"] for entry in listed.values() for alias in entry["aliases"]}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 __all__ = ["Aggregate", "aggregate", "t_quantile"]
@@ -31,6 +32,7 @@ def aggregate(runs: Iterable[Mapping[str, float | None]]) -> dict[str, Aggregate
     return {key: _aggregate(values) for key, values in columns.items()}
 
 
+@cache
 def t_quantile(degrees: int, level: float = 0.95) -> float:
     """The t with P(|T| <= t) = level for Student's t with a whole number of degrees of freedom.
 

@@ -10,7 +10,9 @@ from clbench.metrics import accuracy_matrix as matrix_metrics
 from clbench.metrics import online, stability
 from clbench.metrics.curve import Curve, FloatArray
 from clbench.metrics.facilitation import facilitation, samples_to_reach_per_task
+from clbench.metrics.minimum_noise import corrected_min_accuracy, corrected_worst_case_accuracy
 from clbench.metrics.registry import list_metrics
+from clbench.metrics.schedule_error import min_accuracy_error, worst_case_accuracy_error
 
 __all__ = ["summarise"]
 
@@ -29,6 +31,7 @@ def summarise(
     active: ArrayLike | None = None,
     sample_period: int | None = None,
     own: Sequence[NDArray[np.bool_]] | None = None,
+    parts: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> dict[str, float | None]:
     """Return every metric of the registry, plus `<key>_se` where a sampling error belongs to it; None if undefined.
 
@@ -40,6 +43,7 @@ def summarise(
     sample_period: samples between the evaluations of an online protocol that has them (Si-Blurry); a_auc is then the
         plain mean over those evaluations, and f_last is defined.
     own: of an online stream, per task (n,) which of its samples belong to the new task and are not rehearsed.
+    parts: of the curve, (S, G, P) hits of random parts of each group's subset, and (G, P) their rows.
     """
     pooled = sizes if setting == "class" else None
     out: dict[str, float | None] = {key: None for metric in list_metrics() for key in metric.keys}
@@ -59,7 +63,7 @@ def summarise(
         if before is not None:
             out["forward_transfer"] = matrix_metrics.forward_transfer(matrix, before, group_task)
     if curve is not None:
-        out |= _of_curve(curve)
+        out |= _of_curve(curve) | _of_minima(curve, parts)
         if sample_period is not None:
             points = online.official_points(curve.position, sample_period, curve.phase)
             out["a_auc"] = online.anytime_accuracy(curve.hits[points], curve.totals, curve.valid[points])
@@ -89,6 +93,24 @@ def _of_curve(curve: Curve) -> dict[str, float | None]:
         out[f"wp_{window}"] = _mean(stability.windowed_plasticity(curve, window))
     out["lca"] = stability.learning_curve_area(curve)
     out["a_auc"] = stability.area_under_curve(curve)
+    return out
+
+
+def _of_minima(curve: Curve, parts: tuple[ArrayLike, ArrayLike] | None) -> dict[str, float | None]:
+    """How far the minima may be off: by the noise of their subsets, and by what the schedule left out."""
+    out: dict[str, float | None] = {}
+    errors = {"min_accuracy": min_accuracy_error(curve), "worst_case_accuracy": worst_case_accuracy_error(curve)}
+    for key, error in errors.items():
+        if error is not None:
+            out[f"{key}_missed"], out[f"{key}_missed_safe"] = error.dip, error.slope
+    if parts is not None:
+        corrections = {
+            "min_accuracy": corrected_min_accuracy(curve, *parts),
+            "worst_case_accuracy": corrected_worst_case_accuracy(curve, *parts),
+        }
+        for key, found in corrections.items():
+            if found is not None:
+                out[f"{key}_corrected"], out[f"{key}_low"], out[f"{key}_high"] = found[:3]
     return out
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from clbench.tracking.client import connect, experiment_id, find_run, log_values, reason_of
+
 if TYPE_CHECKING:
     from clbench.protocol.two_phase import MethodResult
 
@@ -19,18 +21,14 @@ EXPERIMENT = "clbench protocol"
 def log_results(results: "Sequence[MethodResult]", uri: str) -> bool:
     """Log all results to the MLflow store at `uri`; False, with a warning on stderr, if that fails."""
     try:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(EXPERIMENT)
-        experiment = found.experiment_id if found is not None else client.create_experiment(EXPERIMENT)
+        client = connect(uri)
+        experiment = experiment_id(client, EXPERIMENT, uri)
         for result in results:
             log_study(client, experiment, result.study, result.evaluation)
             if result.conventional is not None:
                 log_study(client, experiment, *result.conventional)
     except Exception as error:  # whatever a server does, the results are on disk
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"warning: not logged to MLflow at {uri}: {first}; nothing is lost, the files are complete",
+        print(f"warning: not logged to MLflow at {uri}: {reason_of(error)}; nothing is lost, the files are complete",
               file=sys.stderr)  # fmt: skip
         return False
     return True
@@ -39,14 +37,14 @@ def log_results(results: "Sequence[MethodResult]", uri: str) -> bool:
 def log_study(client: Any, experiment: str, study: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> None:
     """One study with its trials and, if there is one, its evaluation."""
     mark = f"{study['signature']}/{evaluation['signature'] if evaluation else ''}"
-    if client.search_runs([experiment], filter_string=f"tags.`clbench.signature` = '{mark}'", max_results=1):
+    if find_run(client, experiment, "clbench.signature", mark):
         return
     method, tuned = study["method"]["id"], study["tuned_on"]["scenario"]
     tags = {"clbench.study": study["study"], "clbench.method": method, "clbench.tuned_on": tuned,
             "clbench.scored_on": study["tuned_on"]["score_on"]}  # fmt: skip
     parent = client.create_run(experiment, run_name=f"{method} on {tuned}", tags=tags).info.run_id
     params = {**study["best"]["values"], "trials": len(study["trials"]), "search": study["search"]["kind"]}
-    log(client, parent, params, {"tuning_score": study["best"]["score"]})
+    log_values(client, parent, params, {"tuning_score": study["best"]["score"]})
     for trial in study["trials"]:
         score = {} if trial["score"] is None else {study["score"]: trial["score"]}
         seeds = {f"{study['score']}.seed_{seed}": value for seed, value in trial["scores"].items()}
@@ -70,16 +68,5 @@ def child(
     metrics: Mapping[str, float], status: str,
 ) -> None:  # fmt: skip
     run = client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id
-    log(client, run, params, metrics)
+    log_values(client, run, params, metrics)
     client.set_terminated(run, "FINISHED" if status == "done" else "FAILED")
-
-
-def log(client: Any, run: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """All parameters and metrics of a run in one request."""
-    from mlflow.entities import Metric, Param
-
-    client.log_batch(
-        run,
-        metrics=[Metric(name, float(value), 0, 0) for name, value in metrics.items()],
-        params=[Param(name, str(value)) for name, value in params.items()],
-    )

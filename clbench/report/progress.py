@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["BarProgress", "LineProgress", "live_progress"]
+__all__ = ["BarProgress", "LineProgress", "Together", "live_progress"]
 
 LINE_SECONDS = 10.0
 
@@ -125,6 +125,46 @@ class LineProgress:
 
     def _say(self, text: str) -> None:
         print(f"{self._label}: {text}", file=self._stream, flush=True)
+
+
+class Together:
+    """One display for several runs that take turns: the sum of their steps, the state of the one that told last."""
+
+    def __init__(self, display: BarProgress | LineProgress, num_runs: int) -> None:
+        self._display = display
+        self._num_runs = num_runs
+        self._steps: dict[int, int] = {}  # run -> steps done
+
+    def share(self, index: int) -> Share:
+        """What run number `index` tells its progress to."""
+        return Share(self, index)
+
+    def begin(self, index: int, done: int, total: int) -> None:
+        first = not self._steps
+        self._steps[index] = done
+        if first:  # runs that have not begun are taken to be as long as this one
+            self._display.begin(done, total * self._num_runs)
+
+    def update(self, index: int, done: int, **state: Any) -> None:
+        self._steps[index] = done
+        self._display.update(sum(self._steps.values()), **state)
+
+
+class Share:
+    """The part of one run in a display that several share; see `clbench.learner.learner.Progress`."""
+
+    def __init__(self, together: Together, index: int) -> None:
+        self._together = together
+        self._index = index
+
+    def begin(self, done: int, total: int) -> None:
+        self._together.begin(self._index, done, total)
+
+    def update(self, done: int, *, task: int, num_tasks: int, phase: str, accuracy: float | None) -> None:
+        self._together.update(self._index, done, task=task, num_tasks=num_tasks, phase=phase, accuracy=accuracy)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Full tests of one of many runs are not shown."""
 
 
 class Clock:

@@ -16,7 +16,7 @@ from clbench.errors import InputError
 from clbench.scenarios.draws import class_permutation, row_keys
 from clbench.scenarios.model import Group, Scenario, StreamDefaults, Task
 from clbench.scenarios.params import param
-from clbench.scenarios.rows import Ints, choose_rows, cut, labels_at, require_rows, tensor
+from clbench.scenarios.rows import Ints, choose_rows, cut, first_of_each, labels_at, require_rows, tensor
 
 __all__ = ["Params", "build", "task_sizes"]
 
@@ -47,8 +47,13 @@ class Params:
     )
     size: int | None = param(None, "side in pixels that all images are resized to, once; for data of many sizes", low=1)
     per_class: int | None = param(None, "at most so many training rows per class, validation included", low=1)
+    test_per_class: int | None = param(
+        None, "at most so many test rows per class: quicker final tests, with a larger sampling error", low=1
+    )
     val_share: float = param(0.0, "share of each class's training rows kept out for validation", low=0, below=1)
-    subset_seed: int = param(0, "draws the rows of per_class and val_share, whatever the order seed", low=0)
+    subset_seed: int = param(
+        0, "draws the rows of per_class, test_per_class and val_share, whatever the order seed", low=0
+    )
     label_level: int | None = param(None, "label level to classify: 0 is the coarsest; without it the finest", low=0)
 
 
@@ -83,6 +88,9 @@ def build(
     pool = choose_rows(targets, np.flatnonzero((split == TRAIN) & (targets >= 0)), params, names, where)
     test = np.flatnonzero((split == TEST) & (targets >= 0))
     require_rows(np.bincount(targets[test], minlength=num_classes), names, "test", where)
+    if params.test_per_class is not None:
+        keys = row_keys(params.subset_seed, "test subset", len(targets))
+        test = np.sort(first_of_each(targets, test, keys, params.test_per_class))
 
     task_of = np.repeat(np.arange(len(sizes)), sizes)  # (C,)
     train = pool.train

@@ -58,7 +58,7 @@ class Preset:
 
     module: holds `build`. path: a user's file, or None. changed: what `with_params` changed, as values; a table with
     changes is another table under the same id, so whoever compares results shows and compares them too.
-    derived: what is done to the built tables, see `DERIVED`.
+    derived: what is done to the built tables, see `DERIVED`. family: of `clbench.scenarios.families`, or None.
     """
 
     id: str
@@ -71,6 +71,7 @@ class Preset:
     path: Path | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
     derived: Mapping[str, Any] = field(default_factory=dict)
+    family: str | None = None
 
     @property
     def name(self) -> str:
@@ -121,7 +122,8 @@ class Preset:
 
 
 def list_scenarios() -> list[dict[str, Any]]:
-    """All presets, in the order of the file: id, name, version, newest, title, datasets, builder, aliases, source."""
+    """All presets, in the order of the files: id, name, version, newest, title, datasets, builder, family, aliases,
+    source."""
     entries = read_presets()
     newest = {split_id(id)[0]: id for id in sorted(entries, key=split_id)}
     return [
@@ -133,6 +135,7 @@ def list_scenarios() -> list[dict[str, Any]]:
             "title": entry["title"],
             "datasets": list(entry["datasets"]),
             "builder": entry["builder"],
+            "family": entry.get("family"),
             "aliases": list(entry.get("aliases", ())),
             "source": entry["source"],
         }
@@ -161,6 +164,7 @@ def find(name: str | Path) -> Preset:
         params=parameters.change(module.Params(), entry.get("params", {}), where),
         defaults=parameters.change(StreamDefaults(), entry.get("defaults", {}), where),
         module=module,
+        family=entry.get("family"),
     )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "choose_rows",
     "class_groups",
     "cut",
+    "first_of_each",
     "first_positions",
     "labels_at",
     "only_tasks",
@@ -92,6 +93,15 @@ def choose_rows(targets: Ints, rows: Ints, params: Subset, names: Sequence[str],
     is_train = rank < (kept - num_val)[target]
     is_val = ~is_train & (rank < kept[target])
     return Pool(np.sort(rows[is_train]), np.sort(rows[is_val]))
+
+
+def first_of_each(targets: Ints, rows: Ints, keys: Ints, count: int) -> Ints:
+    """The `count` rows of each class with the smallest keys, fewer where there are fewer, class by class."""
+    rows = rows[np.lexsort((keys[rows], targets[rows]))]
+    first = np.flatnonzero(np.diff(targets[rows], prepend=-1))
+    rank = np.arange(len(rows)) - np.repeat(first, np.diff(np.append(first, len(rows))))
+    kept: Ints = rows[rank < count]
+    return kept
 
 
 def require_rows(counts: Ints, names: Sequence[str], what: str, where: str) -> None:

@@ -89,12 +89,23 @@ class Spec(_Entry):
     eval_per_group: int  # rows of a group's evaluation subset, at most
     precision: Literal["fp32", "bf16"]
     device_type: str  # cpu, cuda
+    compile: bool = False  # torch.compile of the backbone
+    cuda_graph: bool = False  # training steps captured as CUDA graphs
+    fused: bool = False  # Triton kernels for reading images and counting hits
+    evaluator: Literal["plain", "snapshot", "graph"] = "plain"  # how observations are carried out
+    eval_batch: int | Literal["measured"] | None = None  # rows of one forward pass of an observation; None: by a rule
+    reference_fingerprint: str | None = None  # of the reference set that the method read
+    reference: dict[str, Any] | None = None  # its data sets, sizes, texts, and what it shares with scenario or backbone
     recipe: str | None  # source of the recipe that was used
+    protocol_family: str | None = None  # of the scenario: A, B, C (clbench.scenarios.families)
+    protocol_changes: list[str] = []  # what of the family's settings this run has changed
     sources: dict[str, str]  # option -> where its value comes from
 
     def decisive(self) -> dict[str, Any]:
         """What must agree for two specs to be of the same run: all but where values come from."""
-        content = self.model_dump(mode="json", exclude={"schema_version", "recipe", "sources"})
+        beside = {"schema_version", "recipe", "protocol_family", "protocol_changes", "sources"}
+        beside |= {"evaluator", "eval_batch", "reference"}  # how it is watched; its fingerprint decides
+        content = self.model_dump(mode="json", exclude=beside)
         content["hyperparameters"] = {key: entry.value for key, entry in self.hyperparameters.items()}
         return content
 
@@ -135,6 +146,7 @@ class Summary(_Entry):
     steps: int  # optimiser updates
     images_trained: int  # rows that went through a training step
     evaluations: int  # points of the curve
+    eval_batch: int | None = None  # rows of one forward pass of them
     times: dict[str, float]  # wall-clock seconds over all starts, by part: train_s, evaluate_s, data_s, save_s ...
     peak_memory_bytes: int  # of the device; on a CPU resident in the process
     num_parameters: int
@@ -148,7 +160,7 @@ class Summary(_Entry):
     @classmethod
     def _migrate(cls, content: Any) -> Any:
         """Metrics that came later are None in an older record."""
-        if isinstance(content, dict) and content.get("schema_version", SCHEMA_VERSION) < SCHEMA_VERSION:
+        if isinstance(content, dict) and content.get("schema_version", SCHEMA_VERSION) < 3:  # none came later
             return {**{key: None for metric in list_metrics() for key in metric.keys}, **content}
         return content
 

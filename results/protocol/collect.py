@@ -1,4 +1,5 @@
-"""Turn the studies of `run.sh` into what is committed: study and evaluation files, reports, and table.md.
+"""Turn the studies of `run.sh` into what is committed: study and evaluation files, small records of the evaluation runs
+(for the leaderboard), reports, and table.md.
 
 python results/protocol/collect.py results/studies
 """
@@ -10,8 +11,11 @@ from pathlib import Path
 from clbench.protocol.evaluation import load_evaluation
 from clbench.protocol.study import load_study
 from clbench.protocol.verify import against_records
+from clbench.store import RunRecord
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from collect import keep  # noqa: E402
 
 
 def main(folder: Path) -> None:
@@ -28,6 +32,12 @@ def main(folder: Path) -> None:
         shutil.copy(path, target)
         for evaluation in evaluations:
             shutil.copy(evaluation, target / "evaluation")
+            for run in load_evaluation(evaluation)["runs"]:
+                if run["status"] == "done":
+                    keep(
+                        RunRecord(path.parent / "evaluation" / run["run"]),
+                        HERE / "runs" / path.parent.name / run["run"],
+                    )
     lines = []
     for report in sorted(folder.glob("*--*/report.md")):
         shutil.copytree(report.parent, HERE / "reports" / report.parent.name, dirs_exist_ok=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clbench.evaluator import Schedule
 from clbench.evaluator.evaluator import answer, watching
+from clbench.evaluator.subset import draw_subset
 from clbench.methods.base import Method
 from clbench.methods.finetune import Finetune
 
@@ -92,7 +93,7 @@ def test_future_groups_score_nothing_under_seen() -> None:
 
 def test_subset_is_fixed_and_limited() -> None:
     scenario = split_scenario(make_store())
-    a, b, other = (learner_for(scenario, Finetune, seed=seed).evaluator._subset(5, seed) for seed in (0, 0, 1))
+    a, b, other = (draw_subset(scenario.groups, 5, seed, torch.device("cpu")) for seed in (0, 0, 1))
     assert torch.equal(a.rows, b.rows)
     assert not torch.equal(a.rows, other.rows)
     assert a.starts == [0, 5, 10, 15]

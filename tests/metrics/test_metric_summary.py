@@ -48,6 +48,7 @@ def test_every_key_of_the_registry_is_there_and_no_other() -> None:
     assert undefined == {
         "recovery_iterations", "lca",  # it does not recover, and has fewer than 10 evaluations
         "f_last", "facilitation_slope", "facilitation_missing",  # not of this protocol
+        *(f"{key}_{what}" for key in ("min_accuracy", "worst_case_accuracy") for what in ("corrected", "low", "high")),
     }  # fmt: skip
     assert with_curve["recovery_missing"] == 1
     assert with_curve["min_accuracy"] == pytest.approx(0.2)

@@ -247,6 +247,24 @@ def test_capped_subsets_are_nested_and_depend_on_their_own_seed() -> None:
     assert Counter(row % 3 for row in rows(per_class=20)) == {0: 20, 1: 20, 2: 20}
 
 
+@quick
+@given(tables(), st.integers(1, 6), st.integers(0, 3))
+def test_test_rows_are_capped_per_class_and_nested(table: LabelTable, cap: int, seed: int) -> None:
+    def kept(**more: Any) -> Counter[tuple[int, str]]:
+        scenario = build([table], 0, Params(tasks=1, subset_seed=seed, **more))
+        group = scenario.groups[0]
+        assert torch.equal(table.labels[group.rows], group.targets)
+        assert bool((group.rows.diff() > 0).all())
+        return Counter(zip(group.rows.tolist(), group.targets.tolist(), strict=True))
+
+    every, some, more = kept(), kept(test_per_class=cap), kept(test_per_class=cap + 1)
+    assert some <= more <= every
+    available = Counter(target for _, target in every)
+    assert Counter(target for _, target in some) == {c: min(cap, n) for c, n in available.items()}
+    train = build([table], 0, Params(tasks=1)).tasks[0].rows
+    assert torch.equal(build([table], 0, Params(tasks=1, test_per_class=cap)).tasks[0].rows, train)
+
+
 def test_a_class_keeps_its_rows_whatever_else_is_in_use() -> None:
     table = balanced("toy", 600, 60, 3)
     cut = Params(tasks=1, per_class=20, val_share=0.25)
