@@ -18,22 +18,22 @@ class FloorER:
         self.images, self.labels, self.model, self.batch = images, labels, model, batch
         self.capacity = capacity
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        self.memory_x = torch.zeros((capacity, *images.shape[1:]))
-        self.memory_y = torch.zeros(capacity, dtype=torch.int64)
+        self.memory_x = torch.zeros((capacity, *images.shape[1:]), device=images.device)
+        self.memory_y = torch.zeros(capacity, dtype=torch.int64, device=images.device)
         self.seen = 0
 
     def draw(self, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Stream batch and replay batch, then the reservoir takes the stream batch."""
         x, y = self.images[start : start + self.batch], self.labels[start : start + self.batch]
         filled = min(self.seen, self.capacity)
-        slots = torch.randperm(filled)[: self.batch]
+        slots = torch.randperm(filled, device=x.device)[: self.batch]
         replay_x, replay_y = self.memory_x[slots], self.memory_y[slots]
         place = max(min(self.capacity - self.seen, len(x)), 0)
         if place:
             self.memory_x[self.seen : self.seen + place] = x[:place]
             self.memory_y[self.seen : self.seen + place] = y[:place]
         if place < len(x):
-            to = (torch.rand(len(x) - place) * (self.seen + place)).long()
+            to = (torch.rand(len(x) - place, device=x.device) * (self.seen + place)).long()
             keep = to < self.capacity
             self.memory_x[to[keep]] = x[place:][keep]
             self.memory_y[to[keep]] = y[place:][keep]

@@ -63,7 +63,8 @@ def test_clr_step(benchmark, name: str, size: int, steps: int, rounds: int, budg
 
     def ours() -> None:
         learner.at = Cursor(0, 0, 0, 0, learner.at.step)
-        learner._run_phase(plan)
+        for _ in learner._run_phase(plan):
+            pass
 
     floor = DenseStep(plain, learner.stream.read.store.images[plan.rows].float() / 255, plan.targets)
 

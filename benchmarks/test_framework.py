@@ -40,7 +40,8 @@ def er_pair(backbone: nn.Module, head: int, steps: int, tasks: int = 1):
 
     def ours() -> None:
         learner.at = Cursor(0, 0, 0, 0, learner.at.step)
-        learner._run_phase(plan)  # the loop alone: no task end, no files
+        for _ in learner._run_phase(plan):  # the loop alone: no task end, no files
+            pass
 
     images = store.images[plan.rows].float() / 255
     features = int(backbone.num_features)

@@ -150,8 +150,9 @@ def test_step_reduced_resnet18(benchmark, name: str) -> None:
     store = cifar_shaped(CLASSES, 60, 10)
     cls = find(name).cls
     learner = online_learner(
-        store, cls, network, tasks=10, batch=BATCH, view=VIEWS[name], capacity=CAPACITY, replay_batch_size=BATCH, lr=0.01
-    )
+        store, cls, network, tasks=10, batch=BATCH, view=VIEWS[name], capacity=CAPACITY, replay_batch_size=BATCH,
+        lr=0.01,
+    )  # fmt: skip
     learner.stream.read.views["raw"] = learner.stream.read.views["test"] = parse_view("")
     plan = learner.plans()[1][0]._replace(iterations=steps)  # the second task: HPCR distils from it on
     learner.task_starts += [0, 0]

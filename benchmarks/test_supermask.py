@@ -73,7 +73,8 @@ def test_supermask_step(benchmark, name: str, size: int, steps: int, rounds: int
 
     def ours() -> None:
         learner.at = Cursor(0, plan.number, 0, 0, learner.at.step)
-        learner._run_phase(plan)
+        for _ in learner._run_phase(plan):
+            pass
 
     floor = DenseStep(plain, learner.stream.read.store.images[plan.rows].float() / 255, plan.targets)
 

@@ -458,8 +458,9 @@ def show(
     picture = draw(built, out or Path("results/scenarios") / f"{built.id}.png")
     if as_json:
         about = {"id": built.id, "title": preset.title, "family": preset.family, "setting": built.setting,
-                 "online": built.online, "num_classes": built.num_classes, "fingerprint": built.fingerprint, "parameters": preset.param_table(),
-                 "tasks": rows, **({"statistics": facts} if facts else {}), "picture": picture}  # fmt: skip
+                 "online": built.online, "num_classes": built.num_classes, "fingerprint": built.fingerprint,
+                 "parameters": preset.param_table(), "tasks": rows, **({"statistics": facts} if facts else {}),
+                 "picture": picture}  # fmt: skip
         print_json(about)
         return
     print(f"{built.id}: {preset.title}")

@@ -15,6 +15,7 @@ ENGINE = {
     "torch", "numpy", "pandas", "pyarrow", "timm", "pydantic", "PIL", "safetensors",
     # lazily, inside one function each: the digits, the download of standard files, the exchange with Avalanche
     "sklearn", "torchvision", "huggingface_hub", "scipy", "avalanche",
+    "open_clip",  # lazily: CLIP models
     "triton",  # comes with torch on GPU machines; clbench.evaluator.kernels alone, which nothing imports on a CPU
 }  # fmt: skip
 SHOWN = {"report", "tracking", "protocol", "doctor", "api", "cli"}

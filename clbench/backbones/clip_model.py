@@ -77,11 +77,11 @@ class ClipBackbone(Backbone):
         length = tokens.shape[1]
         x = net.token_embedding(tokens) + net.positional_embedding[:length]
         x = net.ln_final(net.transformer(x, attn_mask=net.attn_mask[:length, :length]))
-        x = x.take_along_dim(tokens.argmax(1)[:, None, None], 1)[:, 0]
+        last: Tensor = x.take_along_dim(tokens.argmax(1)[:, None, None], 1)[:, 0]
         projection = net.text_projection
         if projection is None:
-            return x
-        projected: Tensor = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+            return last
+        projected: Tensor = projection(last) if isinstance(projection, nn.Linear) else last @ projection
         return projected
 
     # -- parameters ------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def read_clip_file(path: Path) -> WeightsFile:
     try:
         with warnings.catch_warnings():  # torch.jit is deprecated, and OpenAI's files stay what they are
             warnings.simplefilter("ignore", FutureWarning)
-            archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+            archive = torch.jit.load(str(path), map_location="cpu")
         state = {key: value for key, value in archive.state_dict().items() if key not in EXTRA}
     except Exception as error:  # torch's reader has errors of many kinds
         raise InputError(

@@ -5,7 +5,7 @@ Source: zscl card, section 2 (one template in training, all of them averaged at 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,7 +44,7 @@ class TextSetting(Protocol):
     @property
     def scenario_id(self) -> str: ...
     @property
-    def prompts(self) -> "dict[int, tuple[str, ...]]": ...
+    def prompts(self) -> Mapping[int, tuple[str, ...]]: ...
 
 
 def unit(x: Tensor) -> Tensor:

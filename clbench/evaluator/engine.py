@@ -96,7 +96,7 @@ class SnapshotEngine:
 
     def observe(self, method: Method, key: Hashable, count: Count, row: Tensor) -> None:
         self._side.join()  # the copy is still read by the evaluation before this one
-        if self._snapshot is None or self._snapshot.source is not method:
+        if self._snapshot is None or self._snapshot.source is not method or not self._snapshot.fits():
             self._snapshot = Snapshot(method)
             self._captured = None
         else:

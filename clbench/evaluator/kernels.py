@@ -163,8 +163,8 @@ def head_kernel(
     if SPLITS == 1:
         _finish(best, best_class, total, score, target, group, rows, inside, hits, loss, scores, LOSS, KEEP, UNITS)
     else:
-        place = tl.program_id(1).to(tl.int64) * N + rows
-        size = SPLITS * N.to(tl.int64)
+        place = tl.program_id(1) * N + rows
+        size = SPLITS * N
         tl.store(part_class + place, best_class, mask=inside)
         tl.store(part_float + place, best, mask=inside)
         tl.store(part_float + size + place, score, mask=inside)
@@ -186,9 +186,9 @@ def join_kernel(
     best_class = tl.zeros((BLOCK_N,), tl.int32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     score = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    size = SPLITS * N.to(tl.int64)
+    size = SPLITS * N
     for split in range(SPLITS):
-        place = split * N.to(tl.int64) + rows
+        place = split * N + rows
         here = tl.load(part_float + place, mask=inside, other=float("-inf"))
         here_class = tl.load(part_class + place, mask=inside, other=0)
         best_class = tl.where(here > best, here_class, best_class)

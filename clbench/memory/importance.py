@@ -178,7 +178,8 @@ class ImportanceMemory:
         return (self._index[1] == target) & (self._arrived < NEVER)
 
     def _victim(self, target: Tensor, related: Tensor | None) -> Tensor:
-        """(1,) slot that a sample of class `target` (1,) takes: of the largest class, or of equal ones that met first."""
+        """(1,) slot that a sample of class `target` (1,) takes: one of the largest class; of equally large classes, of
+        the one met first."""
         frequency = self.counts.index_add(0, target, torch.ones_like(target))
         order = (frequency * NEVER - self.met).masked_fill(self.counts == 0, -1)  # what holds nothing gives nothing
         largest = order.argmax(0, keepdim=True)

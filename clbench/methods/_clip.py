@@ -150,7 +150,7 @@ class ClipMethod(Method):
     """Fine-tuning of both towers, task by task. Methods below it change `losses` (named terms, summed), and what
     happens around a step or a task."""
 
-    Config: type = ClipConfig
+    Config: ClassVar[type] = ClipConfig
     settings = frozenset({"class", "task"})
     small_backbone = "clip-small"
     quick: ClassVar[Mapping[str, Any]] = {"iterations": 2, "warmup": 1}
@@ -260,7 +260,7 @@ class ClipMethod(Method):
         """(C, D) class texts, of all prompts, by the weights as they are now; kept until they change."""
         version, weights = self._classifiers.get(task, (-1, None))
         if weights is None or version != self._version:
-            weights = self._prompts.weights(task)
+            weights = padded(self._prompts.weights(task), self.setting.num_classes)
             self._classifiers[task] = (self._version, weights)
         return weights
 
@@ -270,6 +270,11 @@ class ClipMethod(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._version += 1
+
+
+def padded(weights: Tensor, rows: int) -> Tensor:
+    """(rows, D): zeros for classes of the scenario that no task introduces (`first_tasks`)."""
+    return F.pad(weights, (0, 0, 0, rows - len(weights)))
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from clbench.methods._softmax import SgdConfig, SoftmaxMethod
 from clbench.methods.base import Setting, hp
 from clbench.stream.types import Batch
 
-__all__ = ["ImportanceConfig", "ImportanceReplay"]
+__all__ = ["ImportanceConfig", "ImportanceReplay", "Prepared"]
 
 MEASURED = 512  # exemplars of one forward pass as their losses are measured
 
@@ -65,6 +65,18 @@ class ImportanceConfig(SgdConfig):
     )  # fmt: skip
 
 
+class Prepared(NamedTuple):
+    """Inputs of an update. images: (B, C, H, W); targets: (B,); seen: (C,) bool; valid: (B,) bool or None for all.
+    pasted: (B,) targets of what CutMix pasted into each image; share: 0-d, what is left of its own (see `cutmix`)."""
+
+    images: Tensor
+    targets: Tensor
+    seen: Tensor
+    valid: Tensor | None = None
+    pasted: Tensor | None = None
+    share: Tensor | None = None
+
+
 class ImportanceReplay(SoftmaxMethod):
     """Memory, training on a batch of it, and the refresh of importance and learning rate behind an update."""
 
@@ -108,33 +120,40 @@ class ImportanceReplay(SoftmaxMethod):
             logits = logits.masked_fill(~seen, -torch.inf)
         return F.cross_entropy(logits, targets, reduction="none")
 
-    def train_on(
-        self, images: Tensor, targets: Tensor, batch: Batch, valid: Tensor | None = None
-    ) -> Mapping[str, Tensor]:
-        """One update on (B, C, H, W) images with (B,) targets; valid: (B,) bool, those that count (all)."""
-        share, partner = None, targets
-        if self.config.cutmix > 0:
-            group = self._group[targets]
-            if valid is not None:
-                group = torch.where(valid, group, -1)
-            rng = self.setting.rng("cutmix", batch.at.step)
-            images, partner, share = cutmix(images, group, self.config.cutmix, rng)
-        logits = self.classifier(self.features(images, None))
-        losses = self.sample_losses(logits, targets, batch.seen)
-        if share is not None:
-            losses = share * losses + (1 - share) * self.sample_losses(logits, targets[partner], batch.seen)
+    def prepared(self, images: Tensor, targets: Tensor, batch: Batch, valid: Tensor | None = None) -> Prepared:
+        """What an update trains on: (B, C, H, W) images and (B,) targets, mixed by CutMix; valid: (B,) bool, those that
+        count (all)."""
+        for parameters in self.optimizer.param_groups:  # a checkpoint puts another tensor there
+            parameters["lr"] = self.rate.rate
+        if self.config.cutmix == 0:
+            return Prepared(images, targets, batch.seen, valid)
+        group = self._group[targets]
+        if valid is not None:
+            group = torch.where(valid, group, -1)
+        mixed = cutmix(images, group, self.config.cutmix, self.setting.rng("cutmix", batch.at.step))
+        return Prepared(mixed.images, targets, batch.seen, valid, targets[mixed.partner], mixed.share)
+
+    def update(self, inputs: Prepared) -> Mapping[str, Tensor]:
+        """Mean cross entropy of the samples that count, one step of the optimiser."""
+        logits = self.classifier(self.features(inputs.images, None))
+        losses = self.sample_losses(logits, inputs.targets, inputs.seen)
+        if inputs.share is not None and inputs.pasted is not None:
+            pasted = self.sample_losses(logits, inputs.pasted, inputs.seen)
+            losses = inputs.share * losses + (1 - inputs.share) * pasted
+        valid = inputs.valid
         loss = losses.mean() if valid is None else (losses * valid).sum() / valid.sum().clamp(min=1)
         self.optimizer.zero_grad()
         loss.backward()
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.rate.rate
         self.optimizer.step()
+        return {"loss": loss.detach()}
+
+    def keep(self, batch: Batch) -> None:
+        """Refresh importance and learning rate, if it is time."""
         self.updates += 1
         if self.updates % self.config.importance_every == 0:
             self.refresh(batch.seen)
             if self.config.lr_clock == "update" or batch.last_update:
                 self.rate.refreshed()
-        return {"loss": loss.detach()}
 
     @torch.no_grad()
     def refresh(self, seen: Tensor) -> None:

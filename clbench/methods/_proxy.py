@@ -10,7 +10,8 @@ __all__ = ["class_counts", "cosine_scores", "unit"]
 
 def unit(vectors: Tensor, eps: float = 1e-6) -> Tensor:
     """(B, D) -> v / (|v| + eps) of each row; 0 stays 0 and has a finite gradient. Source: hpcr card, section 2."""
-    return vectors / (torch.linalg.vector_norm(vectors, dim=1, keepdim=True) + eps)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / (length + eps)
 
 
 def cosine_scores(features: Tensor, proxies: Tensor, temperature: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clbench.methods.base import Head, Method, Setting, freeze, hp
 from clbench.scenarios.model import Task
-from clbench.stream.types import Batch, Phase
+from clbench.stream.types import Phase
 
 __all__ = ["OptimizerConfig", "SgdConfig", "SoftmaxMethod"]
 

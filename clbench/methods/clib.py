@@ -17,12 +17,9 @@ Differences from the official code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from clbench.methods._importance_replay import ImportanceConfig, ImportanceReplay
+from clbench.methods._importance_replay import ImportanceConfig, ImportanceReplay, Prepared
 from clbench.methods.base import hp
 from clbench.stream.types import Batch
 
@@ -40,16 +37,18 @@ class CLIB(ImportanceReplay):
     """Store the stream, train on the memory."""
 
     Config = CLIBConfig
+    graphable = True
     name = "clib"
 
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
+    def draw(self, batch: Batch) -> Prepared:
+        """Store new samples, then draw from the memory, which holds them now."""
         step, rng = batch.at.step, self.setting.rng
         if self.remembers(batch):
             self.memory.add(batch.rows, batch.targets, batch.domain)
         drawn = self.memory.sample(self.config.replay_batch_size, rng("replay", step))
         self.memory.mark(drawn.slots)
         images = self.setting.read(drawn.rows, drawn.domain, batch.phase.view, rng("replay-view", step))
-        return self.train_on(images, drawn.targets, batch)
+        return self.prepared(images, drawn.targets, batch)
 
 
 METHOD = CLIB

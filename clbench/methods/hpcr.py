@@ -100,6 +100,7 @@ class HPCR(PCR):
 
     def losses(self, replayed: Tensor, fresh: Tensor, inputs: Drawn) -> dict[str, Tensor]:
         """`loss`, and the terms it is made of."""
+        assert inputs.scale is not None
         config, terms = self.config, {"pcr": super().losses(replayed, fresh, inputs)["loss"]}
         loss = inputs.scale * terms["pcr"]
         if inputs.logits is not None and inputs.features is not None and inputs.targets is not None:

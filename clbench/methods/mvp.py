@@ -215,10 +215,19 @@ def prompted(net: Any, tokens: Tensor, general: Tensor, expert: Tensor) -> Tenso
 
 
 # -- the method ------------------------------------------------------------------------------------------------------
+class Drawn(NamedTuple):
+    """Inputs of an update. images: (B, C, H, W); targets: (B,); seen: (C,) bool."""
+
+    images: Tensor
+    targets: Tensor
+    seen: Tensor
+
+
 class MVP(Method):
     """Frozen transformer, prompt pool, linear head; Adam over pool and head."""
 
     Config = MVPConfig
+    graphable = True
     small_backbone = "vit-tiny-32"
 
     def __init__(self, config: MVPConfig, backbone: nn.Module, setting: Setting) -> None:
@@ -235,28 +244,32 @@ class MVP(Method):
         self.buffer = Buffer(config.capacity, setting.device, rule="exact")
         self._siblings = siblings(setting)
 
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
-        images, targets = self.with_replay(batch)
+    def draw(self, batch: Batch) -> Drawn:
+        """The stream batch, with a batch of exemplars behind it if there are any."""
+        if len(self.buffer) == 0:
+            return Drawn(batch.images, batch.targets, batch.seen)
+        step, rng = batch.at.step, self.setting.rng
+        drawn = self.buffer.sample(self.config.replay_batch_size, rng("replay", step))
+        images = self.setting.read(drawn.rows, drawn.domain, batch.phase.view, rng("replay-view", step))
+        return Drawn(torch.cat([batch.images, images]), torch.cat([batch.targets, drawn.targets]), batch.seen)
+
+    def update(self, inputs: Drawn) -> Mapping[str, Tensor]:
+        """Choose prompts, both losses, count the choice, one step of Adam."""
+        images, targets, seen = inputs
         features, choice = self.encode(images)
-        open_classes = batch.seen if self._siblings is None else batch.seen & self._siblings[targets]
+        open_classes = seen if self._siblings is None else seen & self._siblings[targets]
         loss = self.classifier_loss(features, choice.picked, targets, open_classes)
         contrast = self.prompt_loss(choice)
         self.pool.counts.index_add_(0, choice.picked, torch.ones_like(choice.picked))
         self.optimizer.zero_grad()
         (loss + contrast).backward()
         self.optimizer.step()
-        if batch.last_update and batch.epoch == 0:
-            self.buffer.add(batch.rows, batch.targets, self.setting.rng("reservoir", batch.at.step), batch.domain)
         return {"loss": loss.detach(), "prompt_loss": contrast.detach()}
 
-    def with_replay(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The stream batch, with a batch of exemplars behind it if there are any."""
-        if len(self.buffer) == 0:
-            return batch.images, batch.targets
-        step, rng = batch.at.step, self.setting.rng
-        drawn = self.buffer.sample(self.config.replay_batch_size, rng("replay", step))
-        images = self.setting.read(drawn.rows, drawn.domain, batch.phase.view, rng("replay-view", step))
-        return torch.cat([batch.images, images]), torch.cat([batch.targets, drawn.targets])
+    def keep(self, batch: Batch) -> None:
+        """The reservoir sees each sample of the stream once, behind the last update on it."""
+        if batch.last_update and batch.epoch == 0:
+            self.buffer.add(batch.rows, batch.targets, self.setting.rng("reservoir", batch.at.step), batch.domain)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Choice]:
         """(B, d) features of the prompted pass, and which prompts were picked; the counts stay as they are."""

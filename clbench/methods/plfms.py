@@ -27,14 +27,13 @@ Differences from the official code:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from clbench.memory.importance import NEVER
-from clbench.methods._importance_replay import ImportanceConfig, ImportanceReplay
+from clbench.methods._importance_replay import ImportanceConfig, ImportanceReplay, Prepared
 from clbench.methods.base import Setting, hp
 from clbench.stream.types import Batch
 
@@ -117,6 +116,7 @@ class PLFMS(ImportanceReplay):
     """CLIB's memory, FMS batches, pseudo-labels."""
 
     Config = PLFMSConfig
+    graphable = True
     name = "plfms"
 
     def __init__(self, config: PLFMSConfig, backbone: nn.Module, setting: Setting) -> None:
@@ -128,7 +128,8 @@ class PLFMS(ImportanceReplay):
         own = torch.arange(setting.num_classes, device=setting.device)
         self.related = own[:, None].repeat(1, len(self._levels))  # (C, L) classes that may lose in a class's place
 
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
+    def draw(self, batch: Batch) -> Prepared:
+        """Store new samples; then those of the stream that are used, filled up from the memory."""
         step, rng = batch.at.step, self.setting.rng
         if self.remembers(batch):
             self.grow_heads(batch)
@@ -145,7 +146,7 @@ class PLFMS(ImportanceReplay):
         if batch.domain is not None and drawn.domain is not None:
             domain = torch.cat([batch.domain, drawn.domain])[order]
         images = self.setting.read(rows, domain, batch.phase.view, rng("batch-view", step))
-        return self.train_on(images, targets, batch, valid)
+        return self.prepared(images, targets, batch, valid)
 
     def used(self, batch: Batch) -> Tensor:
         """(B,) bool: stream samples that are trained on; all of the very first batch."""

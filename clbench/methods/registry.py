@@ -150,7 +150,7 @@ def imported_from(path: Path, name: str) -> list[Path]:
     sources = [
         FOLDER / f"{node.module.rpartition('.')[2]}.py"
         for node in tree.body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clbench.methods.")
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("clbench.methods.")
         and any(alias.name == name for alias in node.names)
     ]  # fmt: skip
     return [source for source in sources if source.is_file() and source != path]

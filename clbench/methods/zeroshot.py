@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clbench.backbones.clip_model import as_clip
 from clbench.backbones.clip_text import TextClassifier, class_texts, unit
+from clbench.methods._clip import padded
 from clbench.methods.base import Head, Method, Setting, freeze, hp
 from clbench.scenarios.model import Task
 from clbench.scenarios.prompts import PLAIN
@@ -56,7 +57,7 @@ class ZeroShot(Method):
     def classifier(self, task: int | None) -> Tensor:
         """(C, D) class texts of all prompts."""
         if task not in self._classifiers:
-            self._classifiers[task] = self._prompts.weights(task)
+            self._classifiers[task] = padded(self._prompts.weights(task), self.setting.num_classes)
         return self._classifiers[task]
 
     def head(self, task: int | None) -> Head:

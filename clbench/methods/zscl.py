@@ -34,7 +34,7 @@ Shapes: B batch, R reference batch, N reference texts, D features.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ class ZSCL(ClipMethod):
     def reference(cls, config: ZSCLConfig) -> ReferenceSpec | None:
         if not (distils(config) or config.negatives):
             return None
-        rows = "train" if config.reference_rows == "train" else "test" if config.reference_rows == "test" else "all"
+        rows = cast(Literal["all", "train", "test"], config.reference_rows)
         return ReferenceSpec(config.reference_images, config.reference_texts, rows, config.reference_limit)
 
     def __init__(self, config: ZSCLConfig, backbone: nn.Module, setting: Setting) -> None:

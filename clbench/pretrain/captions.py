@@ -10,20 +10,25 @@ from typing import Any
 
 import numpy as np
 
+from clbench.scenarios.prompts import templates
+
 __all__ = ["Domain", "Texts", "class_words", "domains", "step_texts", "vocabulary"]
 
 WIDE = 0.4  # share of the steps in which a domain shows wider words
+NOISE = 0.15  # share of those in which a word that means nothing stands before them
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One entry of the table. share: of every batch. grey: digits and the like, recoloured and not mirrored."""
+    """One entry of the table. share: of every batch. grey: digits and the like, recoloured and not mirrored. wide: also
+    takes `wide_templates`."""
 
     dataset: str
     share: float
     templates: tuple[str, ...]
     groups: tuple[str, ...] = ()
     grey: bool = False
+    wide: bool = False
 
 
 @cache
@@ -33,8 +38,10 @@ def table() -> dict[str, Any]:
 
 def domains() -> tuple[Domain, ...]:
     return tuple(
-        Domain(item["dataset"], item["share"], tuple(item["templates"]), tuple(item.get("groups", ())),
-               item.get("grey", False))
+        Domain(
+            item["dataset"], item["share"], tuple(item["templates"]), tuple(item.get("groups", ())),
+            item.get("grey", False), item.get("wide", False),
+        )
         for item in table()["domain"]
     )  # fmt: skip
 
@@ -68,6 +75,18 @@ def kind_of() -> Mapping[str, str]:
     return {member: kind for kind, members in table()["kinds"].items() for member in members}
 
 
+def wide_templates() -> tuple[str, ...]:
+    """What photographs of objects are asked with; {kind} stands for the wider word."""
+    kinds = ("a photo of a {}, a type of {kind}.", "a {}, a type of {kind}.", "{}, a {kind}.")
+    return (*templates("caltech101"), *templates("cifar100"), *kinds * 6)
+
+
+def made_up(random: np.random.Generator) -> str:
+    """A word that means nothing, such as a brand: two or three syllables."""
+    letters = "bcdfgklmnprstvz", "aeiou"
+    return "".join(str(random.choice(list(part))) for _ in range(random.integers(2, 4)) for part in letters)
+
+
 @dataclass(frozen=True)
 class Texts:
     """What a step contrasts: `texts`, all different, and for each domain the text of each of its classes (-1: there is
@@ -80,15 +99,17 @@ class Texts:
 def step_texts(
     entries: Sequence[tuple[Domain, ClassWords]], present: Sequence[set[int]], random: np.random.Generator
 ) -> Texts:
-    """Draw one caption for each class of which there is an image (`present`). Each domain takes one template (half of
-    the time a plain one) and one level: wider words in 40 % of the steps, else a name, the first one half of the time.
+    """Draw one caption for each class of which there is an image (`present`). Each domain takes one template (from each
+    of its lists as often) and one level: wider words in 40 % of the steps, else a name, the first one half of the time.
     Equal captions are one text."""
     plain = table()["plain"]
     place: dict[str, int] = {}
     of_class = []
     for (domain, words), there in zip(entries, present, strict=True):
-        pool = plain if random.random() < 0.5 else domain.templates
+        pools = [plain, wide_templates(), domain.templates] if domain.wide else [plain, domain.templates]
+        pool = pools[random.integers(len(pools))]
         template = pool[random.integers(len(pool))]
+        noise = made_up(random) + " " if domain.wide and random.random() < NOISE else ""
         wide = random.random() < WIDE
         chosen = []
         for number, (names, kind) in enumerate(zip(words.names, words.kind, strict=True)):
@@ -97,14 +118,15 @@ def step_texts(
                 continue
             first = len(names) == 1 or random.random() < 0.5
             word = kind if wide else names[0] if first else names[random.integers(1, len(names))]
-            chosen.append(place.setdefault(template.format(word), len(place)))
+            text = template.replace("{}", noise + word).replace("{kind}", kind)
+            chosen.append(place.setdefault(text, len(place)))
         of_class.append(np.array(chosen, np.int64))
     return Texts(list(place), of_class)
 
 
 def vocabulary(words: Iterable[ClassWords]) -> list[str]:
     """All words of all captions that can be drawn, sorted: what `assets/clip-small.txt` holds."""
-    texts = [*table()["plain"], *(t for domain in domains() for t in domain.templates)]
+    texts = [*table()["plain"], *wide_templates(), *(t for domain in domains() for t in domain.templates)]
     texts += [name for entry in words for names in entry.names for name in names]
     texts += [kind for entry in words for kind in entry.kind]
     return sorted({word for text in texts for word in re.findall(r"[a-z]+", text.lower()) if len(word) > 1})

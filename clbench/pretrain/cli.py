@@ -21,7 +21,7 @@ def clip_small(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, log and the weights.")] = Path(
         "results/clip-small"
     ),
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimiser steps.")] = 3200,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimiser steps.")] = 2600,
     batch: Annotated[int, typer.Option(metavar="N", min=16, help="Images per step.")] = 192,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
     seed: Annotated[int, typer.Option(help="Initial weights and all draws.")] = 0,
@@ -42,6 +42,7 @@ def clip_small(
 
     import torch
 
+    from clbench.backbones.clip_model import as_clip
     from clbench.backbones.factory import build
     from clbench.errors import unknown_name
     from clbench.learner.resolve import find_device
@@ -55,7 +56,7 @@ def clip_small(
     where = find_device(device)
     roots = data or []
     recipe = Recipe(steps=steps, batch=batch, lr=lr, seed=seed, precision=precision)
-    model = build("clip-small", in_shape=(3, 64, 64), seed=seed, pretrained=False)
+    model = as_clip(build("clip-small", in_shape=(3, 64, 64), seed=seed, pretrained=False), "pretraining")
     sources = open_sources(roots)
     train(model, sources, recipe, out, device=where, checkpoint_every=checkpoint_every)
     collections = tuple(sorted({tag for source in sources for tag in source.own_images}))
@@ -64,7 +65,7 @@ def clip_small(
     print(f"{path}: {size / 2**20:.1f} MiB, trained on {', '.join(collections)}")
     if evaluate:
         # as it ships: the rounded weights
-        shipped = build("clip-small", in_shape=(3, 64, 64), seed=0, weights=path).to(where)
+        shipped = as_clip(build("clip-small", in_shape=(3, 64, 64), seed=0, weights=path).to(where), "evaluation")
         rows = zero_shot(shipped, roots=roots, device=where)
         (out / "zero-shot.json").write_text(
             json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8"

@@ -38,7 +38,7 @@ LOG_EVERY = 100
 class Recipe:
     """steps of `batch` images; AdamW (0.9, 0.98) with decay on matrices and kernels; warm-up, then cosine to 0."""
 
-    steps: int = 3200
+    steps: int = 2600
     batch: int = 192
     lr: float = 1.5e-3
     weight_decay: float = 0.05

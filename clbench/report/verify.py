@@ -142,34 +142,22 @@ def _metrics(
         except ClbenchError as error:
             reason = f"needs the table of the scenario, and {error}"
     again = recompute(spec, matrix, curve, group_task, scenario)
-    left: list[str] = []
+    left: dict[str, str] = {}  # metric -> why it is not recomputed
     if scenario is None:
-        left += FROM_TABLE
-        if (group_task < 0).any():
-            left += FROM_ACTIVE
-    thinned = curve is not None and len(curve.steps) < summary["evaluations"]
-    if thinned:
-        left += sorted(CURVE_METRICS)
-        left += [f"{key}_se" for key in left]
-    wrong, count = [], 0
-    for metric in list_metrics():
-        for key in metric.keys:
-            stored, computed = summary.get(key), again.get(key)
-            if key in left:
-                continue
-            if key not in summary:
-                continue
-            count += 1
-            same = stored == computed or (
-                stored is not None and computed is not None and abs(stored - computed) <= CLOSE * max(1.0, abs(stored))
-            )
-            if not same:
-                wrong.append(f"{key} is {stored} in summary.json and {computed} from the stored files")
-    yield Check("metrics", not wrong, "; ".join(wrong[:5]) or f"{count} metrics agree")
-    skipped = [key for key in left if summary.get(key) is not None]
+        left = dict.fromkeys([*FROM_TABLE, *FROM_ACTIVE * bool((group_task < 0).any())], reason)
+    if curve is not None and len(curve.steps) < summary["evaluations"]:
+        left |= dict.fromkeys(CURVE_METRICS, "the stored curve is thinned")
+    left |= {f"{key}_se": why for key, why in left.items()}
+    keys = [key for metric in list_metrics() for key in metric.keys if key in summary]
+    left |= dict.fromkeys((key for key in keys if key.endswith(FROM_PARTS)), "records do not hold the parts of subsets")
+    checked = [key for key in keys if key not in left]
+    wrong = [key for key in checked if not _close(summary[key], again[key])]
+    said = [f"{key} is {summary[key]} in summary.json and {again[key]} from the stored files" for key in wrong[:5]]
+    yield Check("metrics", not wrong, "; ".join(said) or f"{len(checked)} metrics agree")
+    skipped = {key: why for key, why in left.items() if summary.get(key) is not None}
     if skipped:
-        why = "the stored curve is thinned" if thinned else reason
-        yield Check("other metrics", None, f"{', '.join(skipped)} not recomputed: {why}")
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        yield Check("other metrics", None, f"{', '.join(sorted(skipped))} not recomputed: {reasons}")
     if scenario is not None and curve is not None and summary.get("levels"):
         levels = np.array([group.level for group in scenario.groups])
         found = per_level(
@@ -179,6 +167,7 @@ def _metrics(
 
 
 FROM_TABLE = ["facilitation_slope", "facilitation_missing", "f_last"]
+FROM_PARTS = ("_corrected", "_low", "_high")
 FROM_ACTIVE = ["final_accuracy", "average_incremental_accuracy", "forgetting", "a_last", "last"]
 
 

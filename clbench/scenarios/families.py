@@ -19,7 +19,7 @@ class Family:
 
 FAMILIES = {
     "A": Family(
-        "RaptorMai, PCR, HPCR: reduced ResNet-18, SGD 0.1, batches 10 + 10, memory in total, class order from the seed, "
+        "RaptorMai, PCR, HPCR: reduced ResNet-18, SGD 0.1, batches 10 + 10, memory in total, seeded order, "
         "pixels in [0, 1]",
         "reduced-resnet18",
     ),

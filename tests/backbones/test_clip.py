@@ -194,13 +194,13 @@ def test_passes_and_checkpointing_change_no_gradient(name: str, options: dict[st
         gradients.append([p.grad for p in model.trainable()])
         assert max(seen) == more.get("micro_batch", 5)
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
 def test_running_out_of_memory_says_what_to_lower() -> None:
     model = build(options={"micro_texts": 8})
 
-    def fail(*args: object) -> Tensor:
+    def fail(*args: object, **more: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
 
     model.net.encode_image = fail
@@ -249,13 +249,16 @@ def test_clip_small_ships_and_has_seen_no_image_of_its_held_out_domains() -> Non
     assert clip_small.WEIGHTS.stat().st_size <= 12 * 2**20
     model = backbones.build("clip-small", in_shape=(3, 64, 64), seed=0)
     assert isinstance(model, ClipBackbone)
-    assert model.pretrained_on == ("cifar10", "digits", "fashion-mnist", "imagenet", "pacs", "usps")
+    assert model.pretrained_on == ("cifar10", "fashion-mnist", "imagenet", "pacs", "usps")
     from clbench.data.catalogue import catalogue
 
     for name in HELD_OUT:
         assert guard(model.pretrained_on, catalogue()[name].images_of) is None, name
     for name in ("tiny-imagenet-subset", "cifar10-subset", "usps", "pacs"):
         assert guard(model.pretrained_on, catalogue()[name].images_of)
+    listed = next(record for record in backbones.list_backbones() if record["name"] == "clip-small")
+    assert f"{sum(p.numel() for p in model.parameters()):,}" == listed["parameters"]
+    assert str(model.num_features) == listed["features"]
     other = build("clip-small", 64)
     assert other.pretrained_on == ()
     assert other.fingerprint != model.fingerprint

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench import backbones
+from clbench.backbones.catalogue import EMBEDDED
 from clbench.backbones.embedded import SmallResNet18
 from clbench.errors import InputError
 from clbench.rng import derive_seed
@@ -127,6 +128,8 @@ def test_vit_and_flatten() -> None:
 
 def test_catalogue_tells_the_truth() -> None:
     for record in backbones.list_backbones():
+        if record["name"] not in EMBEDDED:  # models with a text tower: test_clip.py
+            continue
         shape = (1, 28, 28) if record["name"] == "mlp" else (3, 32, 32)
         net = backbones.build(record["name"], in_shape=shape, seed=0)
         assert parameters(net) == int(re.split(r"\s", record["parameters"].replace(",", ""))[0]), record

@@ -1,7 +1,6 @@
 """CLIB: the t-test on the device against scipy, the learning rate against a plain loop, CutMix, and the method."""
 
 import math
-from collections.abc import Mapping
 from functools import partial
 
 import pytest
@@ -9,16 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from tiny import Flat, assert_survives_kill, learner_for, make_store, run, split_scenario
+from tiny import Flat, assert_survives_kill, equal, learner_for, make_store, outcome, run, split_scenario
 from torch import Tensor
 
 from clbench.errors import InputError
+from clbench.learner.graphed_step import check_graphable
 from clbench.learner.hostreads import forbid_host_reads
 from clbench.learner.learner import Learner
 from clbench.memory.importance import ImportanceMemory
 from clbench.methods._adaptive_rate import AdaptiveRate, student_tail, welch_p_value
 from clbench.methods._cutmix import cutmix, partners
-from clbench.methods._importance_replay import ImportanceReplay
+from clbench.methods._importance_replay import ImportanceReplay, Prepared
 from clbench.methods.clib import METHOD as CLIB
 from clbench.rng import generator
 from clbench.stream.types import Batch
@@ -157,14 +157,14 @@ def test_trains_on_the_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each update sees the images of exemplars held at that time, as many as asked for, whatever the stream brings."""
     made, sizes = learner(cutmix=0.0, capacity=3, importance_every=1000), []
 
-    def watched(self: CLIB, images: Tensor, targets: Tensor, batch: Batch) -> Mapping[str, Tensor]:
+    def watched(self: CLIB, images: Tensor, targets: Tensor, batch: Batch) -> Prepared:
         held = self.setting.read(self.memory.rows, None, "test")
         assert all((held == image).flatten(1).all(1).any() for image in images)
         assert set(targets.tolist()) <= set(self.memory.targets.tolist())
         sizes.append(len(images))
-        return ImportanceReplay.train_on(self, images, targets, batch)
+        return ImportanceReplay.prepared(self, images, targets, batch)
 
-    monkeypatch.setattr(CLIB, "train_on", watched)
+    monkeypatch.setattr(CLIB, "prepared", watched)
     run(made)
     assert sizes == [3] * made.at.step
 
@@ -201,6 +201,14 @@ def test_an_online_stream_is_stored_once_and_survives_a_kill() -> None:
     make = partial(learner_for, scenario, CLIB, config=CLIB.Config(**SMALL, optimizer="sgd", momentum=0.5))
     whole = assert_survives_kill(make, at_most=4)
     assert whole.method.memory.num_seen == scenario.offsets[-1]
+
+
+def test_the_update_may_be_captured() -> None:
+    """Its parts from inputs that stay where they are, as a CUDA graph has them, give the same run."""
+    check_graphable(CLIB, "it")
+    plain, captured = learner(importance_every=2), learner(importance_every=2)
+    captured.cuda_graph = True
+    assert equal(outcome(run(plain)), outcome(run(captured)))
 
 
 def test_memory_without_room_is_refused() -> None:

@@ -155,9 +155,7 @@ def test_the_teacher_of_lwf_is_the_network_of_the_task_before() -> None:
 
 
 def test_random_sentences_differ_by_task_and_seed_only() -> None:
-    tokens = {
-        (seed, task): opened(LwFVR, 0)[0].method.reference_tokens(task) for seed in (0, 0) for task in (0, 1)
-    }
+    tokens = {(seed, task): opened(LwFVR, 0)[0].method.reference_tokens(task) for seed in (0, 0) for task in (0, 1)}
     assert not torch.equal(tokens[0, 0], tokens[0, 1])
     backbone = tiny_clip()
     assert tokens[0, 0].shape[0] == 6

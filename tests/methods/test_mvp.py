@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Flat, assert_survives_kill, learner_for, make_store, run, split_scenario
+from tiny import Flat, assert_survives_kill, equal, learner_for, make_store, outcome, run, split_scenario
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clbench.errors import InputError
+from clbench.learner.graphed_step import check_graphable
 from clbench.learner.learner import Learner
 from clbench.methods.mvp import (
     METHOD as MVP,
@@ -310,6 +311,14 @@ def test_survives_a_kill(changes: dict) -> None:
     )  # fmt: skip
     assert len(whole.method.buffer) == changes.get("capacity", 0)
     assert "backbone" not in whole.method.state_dict()
+
+
+def test_the_update_may_be_captured() -> None:
+    """Its parts from inputs that stay where they are, as a CUDA graph has them, give the same run."""
+    check_graphable(MVP, "it")
+    plain, captured = learner(capacity=6, replay_batch_size=3), learner(capacity=6, replay_batch_size=3)
+    captured.cuda_graph = True
+    assert equal(outcome(run(plain)), outcome(run(captured)))
 
 
 def test_replay_adds_exemplars_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

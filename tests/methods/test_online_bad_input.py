@@ -1,4 +1,4 @@
-"""What UER, SCR, OnPro and GDumb do with input that is odd: defined, or refused in one sentence."""
+"""What UER, ASER, SCR, OnPro and GDumb do with input that is odd: defined, or refused in one sentence."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from clbench.scenarios.model import Scenario
 
 SMALL: dict[str, dict[str, Any]] = {
     "uer": {"replay_batch_size": 4},
+    "aser": {"replay_batch_size": 4},
     "scr": {"replay_batch_size": 4, "projection": 8},
     "onpro": {"replay_batch_size": 4, "projection": 8, "variants": 2},
     "gdumb": {"passes": 1, "fit": "last"},
@@ -34,7 +35,7 @@ def finite(done: Learner) -> bool:
     return len(done.matrix) == len(done.scenario.tasks) and all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-@pytest.mark.parametrize("name", ["scr", "onpro", "gdumb"])
+@pytest.mark.parametrize("name", ["aser", "scr", "onpro", "gdumb"])
 def test_methods_that_live_on_their_memory_need_one(name: str) -> None:
     with pytest.raises(InputError, match=r"'capacity' of method .* is 0, it must be between 1"):
         make_config(find(name).cls.Config, {"--set": {"capacity": "0"}}, f"method {name}")

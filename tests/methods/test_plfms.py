@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TEST_PER_CLASS, assert_survives_kill, learner_for, make_store, run, split_scenario
+from tiny import TEST_PER_CLASS, assert_survives_kill, equal, learner_for, make_store, outcome, run, split_scenario
 from torch import Tensor, nn
 
 from clbench.data.classes import ClassTable
 from clbench.errors import InputError
+from clbench.learner.graphed_step import check_graphable
 from clbench.learner.learner import Learner
 from clbench.memory.importance import NEVER
+from clbench.methods._importance_replay import Prepared
 from clbench.methods.clib import METHOD as CLIB
 from clbench.methods.plfms import (
     METHOD as PLFMS,
@@ -117,13 +119,13 @@ def test_skipped_samples_are_filled_up_from_the_memory(monkeypatch: pytest.Monke
     """With an endless ramp the stream is never used behind the first batch: all ten come from the memory."""
     made, seen = learner(stream_length=10**12, cutmix=0.0), []
 
-    def watched(self: PLFMS, images: Tensor, targets: Tensor, batch: Batch, valid: Tensor) -> dict[str, Tensor]:
+    def watched(self: PLFMS, images: Tensor, targets: Tensor, batch: Batch, valid: Tensor) -> Prepared:
         held = self.setting.read(self.memory.rows, None, "test")
         assert all((held == image).flatten(1).all(1).any() for image in images[valid])
         seen.append((len(images), int(valid.sum())))
-        return CLIB.train_on(self, images, targets, batch, valid)
+        return CLIB.prepared(self, images, targets, batch, valid)
 
-    monkeypatch.setattr(PLFMS, "train_on", watched)
+    monkeypatch.setattr(PLFMS, "prepared", watched)
     run(made)
     # first batch: 5 of the stream and the 5 exemplars, which are the same samples; then 10 each, 7 and 6 at ragged ends
     assert seen[:2] == [(10, 10), (10, 10)]
@@ -150,7 +152,7 @@ def test_a_sample_reaches_the_head_of_its_own_level_only() -> None:
         batch = batch_of(made, targets)
         weight = method.classifier.weight
         before = weight.detach().clone()
-        method.train_on(batch.images, batch.targets, batch)
+        method.update(method.prepared(batch.images, batch.targets, batch))
         moved = (weight.detach() - before).abs().sum(1)
         assert moved[list(other)].max() == 0
         assert moved[list(own)].max() > 0
@@ -162,7 +164,7 @@ def test_cutmix_stays_on_a_level() -> None:
     for step in range(8):
         batch = batch_of(made, [6, 0, 7, 3, 1, 6], step=step)
         made.method.memory.add(batch.rows, batch.targets)
-        losses = made.method.train_on(batch.images, batch.targets, batch)
+        losses = made.method.update(made.method.prepared(batch.images, batch.targets, batch))
         assert torch.isfinite(losses["loss"])
 
 
@@ -270,6 +272,14 @@ def test_survives_a_kill(changes: dict) -> None:
     make = partial(learner_for, hierarchy(), PLFMS, store=make_store(), config=PLFMS.Config(**{**SMALL, **changes}))
     whole = assert_survives_kill(make, at_most=5)
     assert (whole.method.memory.met < NEVER).all()
+
+
+def test_the_update_may_be_captured() -> None:
+    """Its parts from inputs that stay where they are, as a CUDA graph has them, give the same run."""
+    check_graphable(PLFMS, "it")
+    plain, captured = learner(), learner()
+    captured.cuda_graph = True
+    assert equal(outcome(run(plain)), outcome(run(captured)))
 
 
 def test_it_learns_both_levels() -> None:

@@ -16,7 +16,7 @@ from clbench.metrics.minimum_noise import (
     wilson,
 )
 
-PARTS, ROWS, STEPS, TRIALS = 10, 200, 60, 400
+PARTS, ROWS, STEPS, TRIALS = 10, 200, 40, 300
 Draw = Callable[[np.random.Generator, np.ndarray], np.ndarray]  # true accuracy (n,) -> right or not (n, ROWS)
 
 
@@ -41,7 +41,7 @@ def changing_rows(rng: np.random.Generator, truth: np.ndarray) -> np.ndarray:
 
 
 FLAT = np.full(STEPS, 0.7)
-DIP = 0.9 - 0.5 * np.exp(-np.arange(STEPS) / 8)
+DIP = 0.9 - 0.5 * np.exp(-np.arange(STEPS) / 6)
 SLOPE = np.linspace(0.95, 0.6, STEPS)
 
 
@@ -69,14 +69,14 @@ def test_the_interval_covers_and_the_two_estimates_bracket_the_truth(draw: Draw,
     assert plain.mean() <= lowest + noise * plain.std()
     assert crossed.mean() >= lowest - noise * crossed.std()
     assert abs(value.mean() - lowest) <= (crossed.mean() - plain.mean()) / 2 + noise * value.std()
-    assert (high - low).mean() < 0.25
+    assert (high - low).mean() < 0.2
 
 
 def test_the_correction_takes_off_most_of_the_bias_where_there_is_one() -> None:
     rng = np.random.default_rng(1)
     found = [corrected_min_accuracy(*two_left_groups(rng, new_rows, FLAT)) for _ in range(200)]
     plain, value = np.mean([f.plain for f in found]), np.mean([f.value for f in found])
-    assert plain < 0.65  # 2.3 standard errors of one state too low
+    assert plain < 0.645  # too low by 1.7 standard errors of one state
     assert abs(value - 0.7) < 0.6 * (0.7 - plain)
 
 
@@ -92,7 +92,7 @@ def test_a_minimum_of_zero_has_an_upper_limit_above_it() -> None:
     assert found is not None
     assert found.value == 0.0
     assert found.low == pytest.approx(0.0, abs=1e-12)
-    assert 0.005 < found.high < 0.03
+    assert 0.005 < found.high < 0.05
 
 
 def test_wilson_limits() -> None:

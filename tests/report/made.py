@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from clbench.metrics import Curve, list_metrics, summarise
 from clbench.store import RunRecord
+from clbench.store.environment import environment
+from clbench.store.record import ENTRIES
 from clbench.store.schema import Hyperparameter
 
 TESTED = 40  # rows of a group's subset, and of its test set
@@ -69,7 +72,7 @@ def write(
     sizes, targets = [TESTED] * tasks, np.repeat(np.arange(2 * tasks), TESTED // 2)
     with record.lock():
         record.create(document)
-        record.append_env(device="cpu")
+        (record.path / "env.json").write_bytes(machine())
         if state == "unfinished":
             return record.path
         record.write_curve(curve, [["train"]] * tasks)
@@ -92,6 +95,12 @@ def write(
         )  # fmt: skip
         record.finish()
     return record.path
+
+
+@cache
+def machine() -> bytes:
+    """env.json of one start here."""
+    return ENTRIES.dump_json([environment("cpu", command=["clbench", "run", "--out", "/home/someone/runs"])])
 
 
 def commit(run: Path, kept: Iterable[str] = ("spec.json", "summary.json")) -> None:

@@ -60,7 +60,8 @@ def test_a_family_with_changed_settings_is_apart_from_the_family(tmp_path: Path)
 @pytest.mark.parametrize(
     "change",
     [
-        {"epochs": 5}, {"batch_size": 64}, {"updates_per_batch": 3}, {"backbone": "flatten"}, {"method_file": "aa" * 32},
+        {"epochs": 5}, {"batch_size": 64}, {"updates_per_batch": 3}, {"backbone": "flatten"},
+        {"method_file": "aa" * 32},
         {"hyperparameters": {"lr": hyperparameter(0.1, "default"), "capacity": hyperparameter(5000, "--set")}},
         {"pretrained_on": ["imagenet"], "weights": "net.safetensors"},
     ],

@@ -81,8 +81,10 @@ def test_families_are_never_mixed() -> None:
 def test_rows_along_a_setting() -> None:
     numbers = list(read_table(GOOD, "table 1"))
     assert [(n.method, n.setting, n.value, n.spread) for n in numbers] == [
-        ("er", {"capacity": 500}, 0.1, 0.01), ("mir", {"capacity": 500}, 0.11, None), ("mir", {"capacity": 1000}, 0.12, None),
-    ]  # fmt: skip
+        ("er", {"capacity": 500}, 0.1, 0.01),
+        ("mir", {"capacity": 500}, 0.11, None),
+        ("mir", {"capacity": 1000}, 0.12, None),
+    ]
     assert [n.known for n in numbers] == [True, False, False]
 
 
