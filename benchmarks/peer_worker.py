@@ -147,8 +147,8 @@ class Floor(Peer):
 
 
 class Avalanche(Peer):
-    """Avalanche's online stream with a reservoir (one experience per batch), which is ER as the literature means it, and
-    besides its `Replay` strategy on whole tasks."""
+    """Avalanche's online stream with a reservoir (one experience per batch), which is ER as the literature means it,
+    and besides its `Replay` strategy on whole tasks."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -2,9 +2,9 @@
 
 python benchmarks/peers.py --avalanche-python PATH [--device cpu|cuda] [--out results/benchmarks]
 
-Every peer is a process of its own (`peer_worker.py`; Avalanche's in its own interpreter if it cannot be imported here),
-and all are asked in turn, A B C A B C ..., one at a time. Writes `peers-<device>.md` and `peers-<device>.png`. On a CPU,
-times are CPU times of one thread, which other load on the machine changes little; on a GPU they are wall-clock times.
+Every peer is a process of its own (`peer_worker.py`; Avalanche's in its own interpreter if it cannot be imported
+here), and all are asked in turn, A B C A B C ..., one at a time. Writes `peers-<device>.md` and `peers-<device>.png`.
+On a CPU, times are CPU times of one thread, which other load on the machine changes little; on a GPU wall-clock times.
 """
 
 import argparse
@@ -91,8 +91,9 @@ def ratio(times: dict[str, list[float]], peer: str, floor: list[float]) -> float
 def table(
     found: dict[str, dict[str, list[float]]], cases: dict[str, tuple], sizes: dict[str, Any], peers: list[str]
 ) -> str:
-    lines = ["| what | per | " + " | ".join(f"{p}, ms" for p in peers) + " | " + " | ".join(f"{p} / floor" for p in peers[1:])
-             + (" | avalanche / clbench |" if "avalanche" in peers else " |")]  # fmt: skip
+    titles = ["what", "per", *(f"{p}, ms" for p in peers), *(f"{p} / floor" for p in peers[1:])]
+    titles += ["avalanche / clbench"] if "avalanche" in peers else []
+    lines = [f"| {' | '.join(titles)} |"]
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
     for case, (what, per, *_) in cases.items():
         times = found[case]
@@ -169,10 +170,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     head = f"""# clbench and its peers, on a {"GPU" if given.device == "cuda" else "CPU"}
 
-Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batches of 10 and 10 replayed, buffer of 500, SGD,
-{sizes["eval_images"]} test images in 5 groups. Peers are asked in turn, {given.rounds} rounds; {kind} milliseconds, medians;
-ratios are medians over the rounds of neighbours. Avalanche gets uint8 images from memory (as `clbench.interop` feeds it),
-not through PIL, which is its fast case; its online stream has one experience per batch. See `benchmarks/peer_worker.py`.
+Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batches of 10 and 10 replayed, buffer of
+500, SGD, {sizes["eval_images"]} test images in 5 groups. Peers are asked in turn, {given.rounds} rounds; {kind}
+milliseconds, medians; ratios are medians over the rounds of neighbours. Avalanche gets uint8 images from memory (as
+`clbench.interop` feeds it), not through PIL, which is its fast case; its online stream has one experience per batch.
+See `benchmarks/peer_worker.py`.
 
 ```
 python benchmarks/peers.py --device {given.device} --rounds {given.rounds} --avalanche-python PYTHON

@@ -18,7 +18,7 @@ ENGINE = {
     "open_clip",  # lazily: CLIP models
     "triton",  # comes with torch on GPU machines; clbench.evaluator.kernels alone, which nothing imports on a CPU
 }  # fmt: skip
-SHOWN = {"report", "tracking", "protocol", "doctor", "api", "cli"}
+SHOWN = {"report", "pretrain", "tracking", "protocol", "doctor", "api", "cli"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

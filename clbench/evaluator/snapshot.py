@@ -86,8 +86,8 @@ class Snapshot:
             elif isinstance(value, nn.Module):
                 if id(value) not in self._tensors:
                     raise RunFailed(
-                        f"module {name} of {type(self.source).__name__} is new inside a phase; make it in begin_phase or "
-                        f"open_phase, or use --evaluator plain"
+                        f"module {name} of {type(self.source).__name__} is new inside a phase; make it in begin_phase "
+                        f"or open_phase, or use --evaluator plain"
                     )
                 for to, fro in self._tensors[id(value)]:
                     into.setdefault(id(to), (to, fro))

@@ -9,8 +9,8 @@ half of the dense stretch that opens the same task (accuracy moves most right be
 - `dip`: between two evaluations m steps apart it goes below both of them by no more than the deepest such dip seen
   there within m steps. Stated only if that stretch is at least m evaluations long (`eval_dense >= 2 * eval_every`).
 
-`slope` is the safe one and wide, `dip` the close one. `results/benchmarks/schedules.md` says how both did on recorded
-runs.
+`slope` is the safe one and wide, `dip` the close one. Neither is stated where fewer than `OPENING` steps behind a
+switch were dense: the fall may then not be over. `results/benchmarks/schedules.md` says how both did on recorded runs.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 
 from clbench.metrics.curve import Curve, FloatArray
 from clbench.metrics.minimum_noise import Window, measured, min_windows, worst_case_windows
+
+OPENING = (
+    20  # dense evaluations behind a switch; with 10 the fall is often not over, and both bounds fail (schedules.md)
+)
 
 __all__ = ["ScheduleError", "min_accuracy_error", "thinned", "worst_case_accuracy_error"]
 
@@ -71,7 +75,7 @@ def mean_error(curve: Curve, windows: list[Window]) -> ScheduleError | None:
 
 def group_error(curve: Curve, window: Window) -> ScheduleError | None:
     """Of one group's minimum over its window. None if a stretch was left out in a task that opened with fewer than
-    three evaluations in a row."""
+    `OPENING` evaluations in a row."""
     group, slots = window
     if curve.task[slots[-1]] == curve.group_task[group]:  # still being learned: its value now, no minimum
         return ScheduleError(0.0, 0.0)
@@ -83,7 +87,7 @@ def group_error(curve: Curve, window: Window) -> ScheduleError | None:
     long_enough = True
     for right in np.flatnonzero(np.diff(steps) > 1) + 1:
         calm = calm_stretch(values, steps, tasks, int(tasks[right]))
-        if len(calm) < 2:
+        if len(calm) < OPENING // 2:
             return None
         a, b, apart = values[right - 1], values[right], int(steps[right] - steps[right - 1])
         long_enough &= len(calm) >= apart
