@@ -42,8 +42,8 @@ def domains(tmp_path: Path) -> dict[str, str]:
 def arguments(domains: dict[str, str], *more: object) -> list[object]:
     return [
         "--scenario", "mtil-small", "--scenario-set", f"dataset={domains['birds']},{domains['coins']}",
-        "--scenario-set", "size=16", "--backbone", "clip-small", "--backbone-set", "pretrained=false", "--batch-size", 4,
-        "--eval-every", 0, "--threads", 1, "--set", "iterations=2", "--set", "warmup=1", "--train-view", "",
+        "--scenario-set", "size=16", "--backbone", "clip-small", "--backbone-set", "pretrained=false", "--threads", 1,
+        "--eval-every", 0, "--batch-size", 4, "--set", "iterations=2", "--set", "warmup=1", "--train-view", "",
         "--test-view", "", *more,
     ]  # fmt: skip
 

@@ -24,14 +24,21 @@ def herding_in_loops(features: Tensor, count: int) -> list[int]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 25), st.integers(0, 30), st.integers(0, 10**6))
+@given(st.integers(3, 25), st.integers(0, 30), st.integers(0, 10**6))
 def test_order_matches_the_loops(num: int, count: int, seed: int) -> None:
+    """From three samples on: two are equally far from their mean, and rounding decides."""
     features = torch.randn(num, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     order = herding_order(features, count)
     assert order.tolist() == herding_in_loops(features, count)
     assert len(order.unique()) == min(num, count)
     assert torch.equal(herding_order(features, count // 2), order[: count // 2]), "not a prefix"
     assert torch.equal(herding_order(5 * features, count), order), "depends on the length of the features"
+
+
+def test_one_sample_and_none() -> None:
+    assert herding_order(torch.ones(1, 3), 5).tolist() == [0]
+    assert herding_order(torch.ones(0, 3), 5).tolist() == []
+    assert sorted(herding_order(torch.eye(2), 5).tolist()) == [0, 1]
 
 
 def test_the_mean_of_few_is_closer_than_that_of_a_random_few() -> None:
