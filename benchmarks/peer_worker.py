@@ -178,12 +178,12 @@ class Avalanche(Peer):
             return Naive(**common(free), plugins=[memory])
 
         free, real, whole = online(True), online(False), Replay(**common(True), mem_size=CAPACITY)
-        whole.train(self.experience(CAPACITY // BATCH), pin_memory=False)  # fills its memory
+        whole.train(self.experience(CAPACITY // BATCH), eval_streams=[], pin_memory=False)  # fills its memory
         self.memory = ReservoirSamplingBuffer(CAPACITY)
         self.loader = self.pieces_forever()
         self.cases = {
             "step": lambda steps: self.online(free, steps, False),
-            "step, whole tasks": lambda steps: whole.train(self.experience(steps), pin_memory=False),
+            "step, whole tasks": lambda steps: whole.train(self.experience(steps), eval_streams=[], pin_memory=False),
             "load": self.load,
             "evaluation": lambda steps: [free.eval(self.benchmark.test_stream, pin_memory=False) for _ in range(steps)],
             "end to end": lambda steps: self.online(real, steps, True),

@@ -27,7 +27,7 @@ __all__ = ["run_side_by_side"]
 
 
 class _Turn(NamedTuple):
-    index: int
+    number: int  # of the run
     running: Generator[None, None, RunResult]
     place: Callable[[], AbstractContextManager[Any]]  # its stream
 
@@ -66,11 +66,11 @@ def run_side_by_side(
                 with turn.place():
                     next(turn.running)
             except StopIteration as end:
-                yield turn.index, end.value
+                yield turn.number, end.value
             except KeyboardInterrupt:  # its checkpoint is saved; the others save theirs behind their next step
                 stopped_early = True
             except ClbenchError as error:
-                yield turn.index, error
+                yield turn.number, error
             else:
                 turns.append(turn)
     if stopped_early:

@@ -95,7 +95,7 @@ def choose_rows(targets: Ints, rows: Ints, params: Subset, names: Sequence[str],
     return Pool(np.sort(rows[is_train]), np.sort(rows[is_val]))
 
 
-def first_of_each(targets: Ints, rows: Ints, keys: Ints, count: int) -> Ints:
+def first_of_each(targets: Ints, rows: Ints, keys: npt.NDArray[np.float64], count: int) -> Ints:
     """The `count` rows of each class with the smallest keys, fewer where there are fewer, class by class."""
     rows = rows[np.lexsort((keys[rows], targets[rows]))]
     first = np.flatnonzero(np.diff(targets[rows], prepend=-1))

@@ -1,7 +1,7 @@
 """Run records to MLflow: one parent per (method, scenario, options), one run inside it per seed.
 
-Logged once: a run is known by its tag `clbench.run`. A record that was to be tracked and could not be says so in its file
-`tracking.json`, and `clbench sync` logs it later; training never waits for a server.
+Logged once: a run is known by its tag `clbench.run`. A record that was to be tracked and could not be says so in its
+file `tracking.json`, and `clbench sync` logs it later; training never waits for a server.
 """
 
 import json

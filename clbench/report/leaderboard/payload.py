@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from clbench.errors import ClbenchError
@@ -189,7 +190,7 @@ def _pack_confusions(
             why = "of some runs are not on the page, to keep it small; report fewer runs to see them"
             payload.problems.append(LeftOut("confusion matrices", why))
             return
-        table = _read(run, "predictions.parquet", lambda run=run: run.record.read_table("predictions"), payload)
+        table = _read(run, "predictions.parquet", partial(run.record.read_table, "predictions"), payload)
         if table is None:
             continue
         rows += len(table)
