@@ -86,6 +86,10 @@ def test_the_method_of_the_page_conforms_and_runs(clbench: CommandLine, tmp_path
     assert run.code == 0, run.err
     spec = (next(tmp_path.rglob("DONE")).parent / "spec.json").read_text()
     assert tomllib.loads(recipe)["recipe"][0]["source"] in spec
+    report = clbench("report", "--runs", "results/runs", "--out", "board")
+    assert report.code == 0, report.err
+    assert "anchor" in (tmp_path / "board/leaderboard.md").read_text()
+    assert "anchor" in (tmp_path / "board/index.html").read_text()
 
 
 def test_the_scenario_of_the_page_conforms_and_runs(clbench: CommandLine, tmp_path: Path) -> None:
