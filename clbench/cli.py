@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return the exit code."""
     try:
         code = app(args=argv, prog_name="clbench", standalone_mode=False)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except ClbenchError as error:
         return complain(str(error), error.exit_code)
     except typer.TyperException as error:  # wrong usage: unknown option, missing value

@@ -39,7 +39,9 @@ __all__ = [
     "Summary",
 ]
 
-SCHEMA_VERSION = 2  # 2: curve.position, summary.memory_per_task and .levels, spec.eval_samples, more metrics
+# 2: curve.position, summary.memory_per_task and .levels, spec.eval_samples, more metrics
+# 3: more metrics, summary.eval_batch, spec.protocol_family and .reference
+SCHEMA_VERSION = 3
 
 
 class _Entry(BaseModel):

@@ -18,6 +18,8 @@ def test_commands_of_the_page(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for line in re.findall(r"^clbench (.*)", PAGE.read_text(), re.MULTILINE):
+        if "avalanche:" in line:  # test_strategies.py, where Avalanche is installed
+            continue
         assert main(shlex.split(line)) == 0, line
     printed = capsys.readouterr().out
     store = load("digits")

@@ -43,7 +43,7 @@ def test_kept_features_give_what_the_images_give() -> None:
     """Head-only training on kept features and on images through a frozen backbone are the same run."""
     kept, live = head_only(ER), learner_for(split_scenario(make_store()), ER, config=ER.Config(train="head"))
     live.method.view, live.method.frozen_backbone = "test", False
-    live.evaluator.view = "test"
+    live.evaluator.view = live.evaluator._images.view = "test"
     run(kept)
     run(live)
     assert torch.allclose(kept.method.classifier.weight, live.method.classifier.weight, atol=1e-6)

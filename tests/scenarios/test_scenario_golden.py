@@ -92,7 +92,7 @@ def is_seeded(row: dict[str, Any]) -> bool:
     """Whether the order seed is meant to change a preset's table."""
     params = find(row["id"]).params
     if row["builder"] in ("class_incremental", "class_half", "mtil"):
-        return params.order == "seeded"
+        return params.order == "seeded" or (getattr(params, "online", False) and params.shuffle)
     if row["builder"] == "domain_incremental":
         return params.kind == "permuted"
     return True

@@ -41,7 +41,8 @@ def summary() -> dict[str, Any]:
     """All keys of a summary."""
     return {
         **summarise(MATRIX, group_task=[0, 1], sizes=SIZES, setting="class", mask="seen", curve=curve()),
-        "steps": 4, "images_trained": 80, "evaluations": 6, "times": {"train_s": 1.5, "evaluate_s": 0.5},
+        "steps": 4, "images_trained": 80, "evaluations": 6, "eval_batch": None,
+        "times": {"train_s": 1.5, "evaluate_s": 0.5},
         "peak_memory_bytes": 10**8, "num_parameters": 1000, "memory_bytes": {"buffer": 12800},
         "memory_per_task": [{"buffer": 6400}, {"buffer": 12800}], "levels": [],
         "forward_flops_per_image": 2000, "weights_sha256": "01" * 32,
