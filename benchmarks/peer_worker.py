@@ -1,10 +1,11 @@
 """One peer in a process of its own, answering `peers.py`: times of ER steps, batches, evaluations, end to end.
 
-python benchmarks/peer_worker.py clbench|floor|avalanche '{"device": "cpu", ...}'
+python benchmarks/peer_worker.py clbench|floor|avalanche|avalanche-pil '{"device": "cpu", ...}'
 
 Each line on stdin is {"case": ..., "steps": n}; each answer is {"cpu_ms", "wall_ms"} per step, or {"missing": why}. All
-peers have the same images, model, batch sizes and evaluation. Avalanche is fed from memory (`clbench.interop`), not
-through PIL, and evaluates with per-task and stream accuracy; it runs in whichever interpreter has it.
+peers have the same images, model, batch sizes and evaluation. Avalanche evaluates with per-task and stream accuracy; it
+is fed from memory (`clbench.interop`, its fast case) or with PIL images as torchvision does (`avalanche-pil`),
+and runs in whichever interpreter has it.
 """
 
 import gc
@@ -158,9 +159,7 @@ class Avalanche(Peer):
         from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
         from avalanche.training.storage_policy import ReservoirSamplingBuffer
 
-        from clbench.interop.avalanche import to_avalanche
-
-        self.benchmark = to_avalanche(self.scenario, self.store, rows_in_minibatch=False)
+        self.benchmark = self.fed()
         self.task = self.benchmark.train_stream[-1]
         self.pieces = split_online_stream([self.task], BATCH, shuffle=False, drop_last=True)
         self.reservoir = ReservoirSamplingBuffer
@@ -188,6 +187,12 @@ class Avalanche(Peer):
             "evaluation": lambda steps: [free.eval(self.benchmark.test_stream, pin_memory=False) for _ in range(steps)],
             "end to end": lambda steps: self.online(real, steps, True),
         }
+
+    def fed(self) -> Any:
+        """The benchmark: uint8 images in memory, turned into floats one by one."""
+        from clbench.interop.avalanche import to_avalanche
+
+        return to_avalanche(self.scenario, self.store, rows_in_minibatch=False)
 
     def pieces_forever(self) -> Any:
         while True:
@@ -219,7 +224,39 @@ class Avalanche(Peer):
             self.memory.update_from_dataset(new)
 
 
-PEERS: dict[str, type[Peer]] = {"clbench": Clbench, "floor": Floor, "avalanche": Avalanche}
+class AvalanchePil(Avalanche):
+    """The same fed as torchvision's data sets feed it: a PIL image per sample, ToTensor and Normalize."""
+
+    def fed(self) -> Any:
+        from avalanche.benchmarks import CLScenario, DatasetExperience, EagerCLStream
+        from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
+        from torchvision.transforms import Compose, Normalize, ToTensor
+        from torchvision.transforms.functional import to_pil_image
+
+        from clbench.interop.avalanche import avalanche_dataset
+        from clbench.interop.rows import RowDataset
+
+        class Pictures(RowDataset):
+            def __getitem__(self, index: int) -> Any:
+                image, target = super().__getitem__(index)
+                return to_pil_image(image), target
+
+        transform: Any = Compose([ToTensor(), Normalize((0.5,) * 3, (0.25,) * 3)])
+
+        def stream(name: str, group: str, parts: Any) -> Any:
+            made = [Pictures(self.store, part.rows, part.targets) for part in parts]
+            views = {"train": transform, "eval": transform}
+            return EagerCLStream(
+                name, [DatasetExperience(dataset=avalanche_dataset(part, 0, views, group, False)) for part in made]
+            )
+
+        streams = [stream("train", "train", self.scenario.tasks), stream("test", "eval", self.scenario.groups)]
+        return with_classes_timeline(CLScenario(streams))
+
+
+PEERS: dict[str, type[Peer]] = {
+    "clbench": Clbench, "floor": Floor, "avalanche": Avalanche, "avalanche-pil": AvalanchePil,
+}  # fmt: skip
 
 
 def answer(peer: Peer, case: str, steps: int) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def table(
     found: dict[str, dict[str, list[float]]], cases: dict[str, tuple], sizes: dict[str, Any], peers: list[str]
 ) -> str:
     titles = ["what", "per", *(f"{p}, ms" for p in peers), *(f"{p} / floor" for p in peers[1:])]
-    titles += ["avalanche / clbench"] if "avalanche" in peers else []
+    theirs = [p for p in peers if p.startswith("avalanche")]
+    titles += [f"{p} / clbench" for p in theirs]
     lines = [f"| {' | '.join(titles)} |"]
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
     for case, (what, per, *_) in cases.items():
@@ -101,9 +102,8 @@ def table(
         ms = [f"{statistics.median(times[p]):.3f}" if times[p] else "–" for p in peers]
         over = [f"{ratio(times, p, floor):.2f}" if times[p] else "–" for p in peers[1:]]
         cells = [what.format(**sizes), per, *ms, *over]
-        if "avalanche" in peers:
-            ours = times["clbench"] or found["step"]["clbench"]
-            cells.append(f"{ratio(times, 'avalanche', ours):.1f}" if times["avalanche"] else "–")
+        ours = times["clbench"] or found["step"]["clbench"]
+        cells += [f"{ratio(times, p, ours):.1f}" if times[p] else "–" for p in theirs]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -117,7 +117,7 @@ def draw(found: dict[str, dict[str, list[float]]], sizes: dict[str, Any], peers:
     shown = ["step", "load", "evaluation", "end to end"]
     figure, axes = plt.subplots(figsize=(8.5, 4))
     width = 0.8 / len(peers)
-    colours = {"floor": "#9a9a9a", "clbench": "#1b6ca8", "avalanche": "#d1722c", "mammoth": "#5c8a3a"}
+    colours = {"floor": "#9a9a9a", "clbench": "#1b6ca8", "avalanche": "#e3a06b", "avalanche-pil": "#c4561a"}
     for place, peer in enumerate(peers):
         bars = [(n, ratio(found[c], peer, found[c]["floor"])) for n, c in enumerate(shown) if found[c][peer]]
         at = [n + (place - (len(peers) - 1) / 2) * width for n, _ in bars]
@@ -154,7 +154,7 @@ def main() -> None:
     options = {"device": given.device, **sizes}
     pythons = {"floor": sys.executable, "clbench": sys.executable}
     if given.avalanche_python or importlib.util.find_spec("avalanche"):
-        pythons["avalanche"] = given.avalanche_python or sys.executable
+        pythons["avalanche"] = pythons["avalanche-pil"] = given.avalanche_python or sys.executable
     workers = [Worker(name, python, options) for name, python in pythons.items()]
     for worker in workers:
         if "missing" in worker.about:
@@ -172,8 +172,9 @@ def main() -> None:
 
 Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batches of 10 and 10 replayed, buffer of
 500, SGD, {sizes["eval_images"]} test images in 5 groups. Peers are asked in turn, {given.rounds} rounds; {kind}
-milliseconds, medians; ratios are medians over the rounds of neighbours. Avalanche gets uint8 images from memory (as
-`clbench.interop` feeds it), not through PIL, which is its fast case; its online stream has one experience per batch.
+milliseconds, medians; ratios are medians over the rounds of neighbours. `avalanche`: fed with uint8 images from memory
+(as `clbench.interop` does), its fast case; `avalanche-pil`: with PIL images through ToTensor and Normalize, as
+torchvision's data sets do. Its online stream has one experience per batch, and a reservoir.
 See `benchmarks/peer_worker.py`.
 
 ```
