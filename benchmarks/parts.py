@@ -18,7 +18,7 @@ from clbench.methods.base import Method
 from clbench.rng import generator
 from clbench.scenarios.class_incremental import Params, build
 from clbench.scenarios.model import StreamDefaults
-from clbench.stream import Stream
+from clbench.stream import Cursor, Plan, Stream
 
 
 def cifar_shaped(num_classes: int, train: int, test: int, size: int = 32) -> ImageStore:
@@ -52,6 +52,21 @@ def online_learner(
     made = make_method(method, method.Config(**hyperparameters), backbone, scenario, stream)
     evaluator = Evaluator(scenario, reader, view="test", mask="all", per_group=per_group, slots=4096, seed=0)
     return Learner(scenario, stream, made, evaluator, Schedule(0))
+
+
+def loop_of(learner: Learner, task: int, steps: int) -> tuple[Plan, Callable[[], None]]:
+    """The first phase of a task cut to `steps`, opened, and a function that runs it from its start: the learner's loop
+    alone, without a task's end and without files."""
+    plan = learner.plans()[task][0]._replace(iterations=steps)
+    learner.task_starts += [0] * (task + 1)
+    learner.method.open_phase(learner.scenario.tasks[task], plan.phase, learner.at)
+
+    def run() -> None:
+        learner.at = Cursor(task, 0, 0, 0, learner.at.step)
+        for _ in learner._run_phase(plan):
+            pass
+
+    return plan, run
 
 
 def task_learner(network: nn.Module, method: type[Method], config: object, *, num_classes: int, batch: int, size: int):

@@ -9,7 +9,7 @@ import time
 
 import torch
 from floor import FloorER, floor_evaluate
-from parts import Free, cifar_shaped, interleaved, online_learner
+from parts import Free, cifar_shaped, interleaved, loop_of, online_learner
 from torch import nn
 
 from clbench.backbones import build as build_backbone
@@ -34,15 +34,7 @@ def er_pair(backbone: nn.Module, head: int, steps: int, tasks: int = 1):
     learner = online_learner(
         store, ER, backbone, tasks=tasks, batch=BATCH, capacity=CAPACITY, replay_batch_size=BATCH, lr=0.01
     )
-    plan = learner.plans()[0][0]._replace(iterations=steps)
-    learner.task_starts.append(0)
-    learner.method.open_phase(learner.scenario.tasks[0], plan.phase, learner.at)
-
-    def ours() -> None:
-        learner.at = Cursor(0, 0, 0, 0, learner.at.step)
-        for _ in learner._run_phase(plan):  # the loop alone: no task end, no files
-            pass
-
+    plan, ours = loop_of(learner, 0, steps)
     images = store.images[plan.rows].float() / 255
     features = int(backbone.num_features)
     copy = type(backbone)(*backbone.arguments) if hasattr(backbone, "arguments") else backbone

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parts import cifar_shaped, interleaved, online_learner
+from parts import cifar_shaped, interleaved, loop_of, online_learner
 from test_framework import record
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from clbench.backbones import build as build_backbone
 from clbench.data.views import parse_view
 from clbench.methods.registry import find
-from clbench.stream import Cursor
 
 BATCH, CAPACITY, CLASSES = 10, 1000, 100
 AUGMENTED = "random_resized_crop(32,scale=0.2:1) flip color_jitter(0.4,0.4,0.4,0.1,p=0.8) gray(0.2)"
@@ -154,15 +153,7 @@ def test_step_reduced_resnet18(benchmark, name: str) -> None:
         lr=0.01,
     )  # fmt: skip
     learner.stream.read.views["raw"] = learner.stream.read.views["test"] = parse_view("")
-    plan = learner.plans()[1][0]._replace(iterations=steps)  # the second task: HPCR distils from it on
-    learner.task_starts += [0, 0]
-    learner.method.open_phase(learner.scenario.tasks[1], plan.phase, learner.at)
-
-    def ours() -> None:
-        learner.at = Cursor(1, 0, 0, 0, learner.at.step)
-        for _ in learner._run_phase(plan):  # the loop alone: no task end, no files
-            pass
-
+    plan, ours = loop_of(learner, 1, steps)  # the second task: HPCR distils from it on
     floor = Floor(name, store.images[plan.rows], plan.targets, network)
 
     def bare() -> None:

@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from parts import cifar_shaped, interleaved, online_learner
+from parts import cifar_shaped, interleaved, loop_of, online_learner
 from test_framework import record
 from test_online import AUGMENTED, BATCH, BUDGET, CAPACITY, CLASSES, Memory
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from clbench.backbones import build as build_backbone
 from clbench.data.views import parse_view
 from clbench.methods.registry import find
-from clbench.stream import Cursor
 
 VIEWS = {"uer": "", "scr": AUGMENTED}
 REPLAY = {"uer": BATCH, "scr": 100}
@@ -78,16 +77,7 @@ def test_step_reduced_resnet18(benchmark, name: str) -> None:
         replay_batch_size=REPLAY[name], lr=0.01,
     )  # fmt: skip
     learner.stream.read.views["raw"] = learner.stream.read.views["test"] = parse_view("")
-    plan = learner.plans()[0][0]
-    plan = plan._replace(iterations=steps)
-    learner.task_starts.append(0)
-    learner.method.open_phase(learner.scenario.tasks[0], plan.phase, learner.at)
-
-    def ours() -> None:
-        learner.at = Cursor(0, 0, 0, 0, learner.at.step)
-        for _ in learner._run_phase(plan):  # the loop alone: no task end, no files
-            pass
-
+    plan, ours = loop_of(learner, 0, steps)
     floor = Floor(name, store.images[plan.rows], plan.targets, network)
 
     def bare() -> None:

@@ -108,20 +108,29 @@ def run(
     specs = make_specs(method, scenario, chosen, options)
     if side_by_side < 1:
         raise InputError(f"--side-by-side is {side_by_side}, it must be 1 or more")
-    turns = run_together(specs, side_by_side, fresh, progress) if side_by_side > 1 else run_each(specs, fresh, progress)
+    if side_by_side > 1:
+        runs = run_together(specs, side_by_side, fresh, progress, track)
+    else:
+        runs = run_each(specs, fresh, progress, track)
+    return Results(runs, chosen)
+
+
+def conclude(result: RunResult, spec: RunSpec, track: str | None) -> None:
+    """What follows a run at once, so that a later one that breaks takes nothing along: its picture, and its copy in
+    MLflow."""
+    from clbench.report.curve import draw
+
+    draw(result.path)
     if track is not None:
         from clbench.tracking.runs import store_uri, track_run
 
-        for result in turns:
-            track_run(result.path, store_uri(track, specs[0].out))
-    return Results(turns, chosen)
+        track_run(result.path, store_uri(track, spec.out))
 
 
-def run_each(specs: Sequence[RunSpec], fresh: bool, progress: bool) -> list[RunResult]:
+def run_each(specs: Sequence[RunSpec], fresh: bool, progress: bool, track: str | None) -> list[RunResult]:
     """One run behind the other."""
     from clbench.learner.resolve import resolve
     from clbench.learner.run import run as run_one
-    from clbench.report.curve import draw
 
     runs = []
     for number, spec in enumerate(specs, 1):
@@ -133,17 +142,18 @@ def run_each(specs: Sequence[RunSpec], fresh: bool, progress: bool) -> list[RunR
             result = run_one(resolved, display, fresh=fresh)
             if display is not None and result.status == "done":
                 display.finish(result.summary["steps"])
-        draw(result.path)
+        conclude(result, spec, track)
         runs.append(result)
     return runs
 
 
-def run_together(specs: Sequence[RunSpec], width: int, fresh: bool, progress: bool) -> list[RunResult]:
+def run_together(
+    specs: Sequence[RunSpec], width: int, fresh: bool, progress: bool, track: str | None
+) -> list[RunResult]:
     """`width` runs at a time, taking turns. If some break, the others end, then the first error is raised."""
     from clbench.learner.resolve import resolve
     from clbench.learner.run import RunResult
     from clbench.learner.side_by_side import run_side_by_side
-    from clbench.report.curve import draw
     from clbench.report.progress import Together
 
     resolved = [resolve(spec) for spec in specs]
@@ -155,7 +165,7 @@ def run_together(specs: Sequence[RunSpec], width: int, fresh: bool, progress: bo
         for index, result in run_side_by_side(resolved, width, shares, fresh=fresh):
             if isinstance(result, RunResult):
                 ended[index] = result
-                draw(result.path)
+                conclude(result, specs[index], track)
             else:
                 errors[index] = result
         if display is not None:

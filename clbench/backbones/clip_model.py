@@ -53,7 +53,7 @@ class ClipBackbone(Backbone):
             return in_passes(self._encode_image, images, self.micro_batch, self.training)
 
     def _encode_image(self, images: Tensor) -> Tensor:
-        out: Tensor = self.net.encode_image(images)  # type: ignore[operator]
+        out: Tensor = self.net.encode_image(images)  # type: ignore[operator]  # nn.Module hides the type of attributes
         return out
 
     # -- texts -----------------------------------------------------------------------------------------------------
@@ -88,10 +88,10 @@ class ClipBackbone(Backbone):
     @property
     def log_scale(self) -> nn.Parameter:
         """ln of what cosines are multiplied by."""
-        return self.net.logit_scale  # type: ignore[return-value]
+        return self.net.logit_scale  # type: ignore[return-value]  # nn.Module hides the type of attributes
 
     def image_parameters(self) -> list[nn.Parameter]:
-        visual: nn.Module = self.net.visual  # type: ignore[assignment]
+        visual: nn.Module = self.net.visual  # type: ignore[assignment]  # nn.Module hides the type of attributes
         return list(visual.parameters())
 
     def text_parameters(self) -> list[nn.Parameter]:

@@ -155,7 +155,7 @@ def make(name: str, weights: Path | None, pretrained: bool, options: Mapping[str
     if not isinstance(checkpointing, bool):
         raise InputError(f"option grad_checkpointing of backbone {name} is true or false, not {checkpointing!r}")
     if checkpointing:
-        made.net.set_grad_checkpointing(True)  # type: ignore[operator]
+        made.net.set_grad_checkpointing(True)  # type: ignore[operator]  # nn.Module hides the type of attributes
     return made
 
 

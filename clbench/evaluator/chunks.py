@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+from clbench.backbones.passes import MOST, rows_per_pass
 from clbench.data.reader import Reader
 
 __all__ = ["fitting_chunk", "measured_chunk"]
 
-CHUNK = 512  # rows of one forward pass, at most
-CPU_CHUNK = 64  # of 32 px images in three colours on a CPU
 CANDIDATES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 WORTH = 0.97  # a larger chunk must take less than this share of the time of a smaller one
 REPEATS = 3
@@ -20,12 +19,8 @@ ENOUGH_S = 0.1  # a pass that takes longer is timed once
 
 
 def fitting_chunk(read: Reader, view: str, device: torch.device) -> int:
-    """A rule. On a CPU activations fall out of the cache: mobilenetv2_100 at 128 px takes 3 times longer per image in
-    batches of 256 than in batches of 16 to 32 (see `clbench.backbones.features`), the reduced ResNet-18 at 32 px 1.5
-    to 2 times longer in batches of 512 than of 64 (one thread)."""
-    if device.type != "cpu" or view not in read.views:
-        return CHUNK
-    return min(CHUNK, max(16, CPU_CHUNK * 3 * 32 * 32 // math.prod(read.output_shape(view))))
+    """By the rule of `rows_per_pass`; features that are read from a bank cost nothing, so as many as may be."""
+    return rows_per_pass(read.output_shape(view), device) if view in read.views else MOST
 
 
 def measured_chunk(forward: Callable[[int], None], rows: int, device: torch.device) -> int:

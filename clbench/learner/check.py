@@ -17,7 +17,8 @@ from clbench.learner.resolve import resolve
 from clbench.learner.run import attach_features, make_learner, weights_digest
 from clbench.learner.spec import RunSpec
 from clbench.methods import registry
-from clbench.methods.base import config_fields
+from clbench.methods.base import Method, config_fields
+from clbench.methods.config import make_config
 
 __all__ = ["Check", "check_method"]
 
@@ -56,7 +57,8 @@ def check_method(name: str, hyperparameters: Mapping[str, Any] | None = None) ->
         device="cpu",
         train_view=view,
         test_view=view,
-        allow_contamination=True,  # a reference set of digits, too: no other data are on every machine
+        # its reference set is of digits, too: no other data are on every machine
+        allow_contamination=has_reference(found.cls, hyperparameters or {}),
         backbone=None if found.cls.frozen_backbone is True else found.cls.small_backbone,
         backbone_options=NARROW.get(found.cls.small_backbone, {}),
     )
@@ -114,6 +116,12 @@ def no_host_reads(spec: RunSpec) -> str:
     except HostRead as error:
         raise AssertionError(f"{error} (step {learner.at.step}, task {learner.at.task})") from None
     return f"{learner.at.step} steps"
+
+
+def has_reference(cls: type[Method], hyperparameters: Mapping[str, Any]) -> bool:
+    """Whether the method reads data besides the scenario's."""
+    config, _ = make_config(cls.Config, {"check": {**cls.quick, **hyperparameters}}, "the method")
+    return cls.reference(config) is not None
 
 
 def repeatable(spec: RunSpec) -> str:

@@ -5,7 +5,7 @@ not kept. Source: `online_baselines` card, section 2.1.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Buffer:
 
     payload: name -> shape of one entry, stored as float32 (logits, features).
     rule: see `reservoir_slots`.
-    Raises ValueError for a negative capacity; capacity 0 keeps nothing and draws nothing.
+    Raises ValueError for a negative capacity or an unknown rule; capacity 0 keeps nothing and draws nothing.
     """
 
     def __init__(
@@ -70,12 +70,14 @@ class Buffer:
         device: torch.device | str = "cpu",
         *,
         payload: Mapping[str, tuple[int, ...]] | None = None,
-        rule: ReservoirRule = "batch",
+        rule: str = "batch",
     ) -> None:
         if capacity < 0:
             raise ValueError(f"capacity is {capacity}, it must be 0 or more")
+        if rule not in get_args(ReservoirRule):
+            raise ValueError(f"reservoir rule {rule!r} is none of {', '.join(get_args(ReservoirRule))}")
         self.capacity = capacity
-        self.rule: ReservoirRule = rule
+        self.rule = cast(ReservoirRule, rule)
         self.num_seen = 0
         self.has_domain = False
         self._index = torch.zeros((3, capacity + 1), dtype=torch.int64, device=device)  # rows, targets, domain

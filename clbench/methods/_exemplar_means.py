@@ -7,20 +7,19 @@ sees them now, and they are brought back to length 1.
 Shapes: M exemplars, B queries, D features, C classes.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clbench.backbones.passes import rows_per_pass
 from clbench.memory.buffer import Buffer
 from clbench.methods.base import Setting
 
 __all__ = ["NEVER", "ExemplarMeans", "exemplar_means", "mean_scores", "squared_distances"]
 
 NEVER = -1e4  # score of a class that has not been seen: finite, and below any score of unit vectors
-PIXELS_PER_PASS = 512 * 3 * 32 * 32  # exemplars go through the network in parts of about so many values
 
 
 def exemplar_means(features: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +55,7 @@ class ExemplarMeans:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.chunk = max(16, PIXELS_PER_PASS // math.prod(setting.image_shape))
+        self.chunk = rows_per_pass(setting.image_shape, setting.device)
         self.computed = 0  # how often the memory went through the network
         self._kept: tuple[int, Tensor] | None = None
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.memory.buffer import Buffer, Exemplars, ReservoirRule
+from clbench.memory.buffer import Buffer, Exemplars
 from clbench.methods._softmax import SgdConfig, SoftmaxMethod
 from clbench.methods.base import Setting, hp
 from clbench.stream.types import Batch
@@ -100,9 +100,8 @@ class DERPP(SoftmaxMethod):
 
     def __init__(self, config: DERPPConfig, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
-        rule: ReservoirRule = "exact" if config.reservoir == "exact" else "batch"
         payload = {"logits": (setting.num_classes,)}
-        self.buffer = Buffer(config.capacity, setting.device, payload=payload, rule=rule)
+        self.buffer = Buffer(config.capacity, setting.device, payload=payload, rule=config.reservoir)
         self._logits = torch.zeros((setting.batch_size, setting.num_classes), device=setting.device)  # of this step
 
     def draw(self, batch: Batch) -> Drawn:

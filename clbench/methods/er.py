@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from clbench.memory.buffer import Buffer, ReservoirRule
+from clbench.memory.buffer import Buffer
 from clbench.methods._softmax import SgdConfig, SoftmaxMethod
 from clbench.methods.base import Setting, hp
 from clbench.stream.types import Batch
@@ -51,8 +51,7 @@ class ER(SoftmaxMethod):
 
     def __init__(self, config: ERConfig, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
-        rule: ReservoirRule = "exact" if config.reservoir == "exact" else "batch"
-        self.buffer = Buffer(config.capacity, setting.device, rule=rule)
+        self.buffer = Buffer(config.capacity, setting.device, rule=config.reservoir)
 
     def draw(self, batch: Batch) -> Drawn:
         """The batch, and exemplars to go with it."""

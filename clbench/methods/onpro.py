@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from clbench.data.views import parse_view
 from clbench.errors import InputError
-from clbench.memory.buffer import Buffer, Exemplars, ReservoirRule
+from clbench.memory.buffer import Buffer, Exemplars
 from clbench.methods._softmax import width_of
 from clbench.methods.base import Head, Method, Setting, hp
 from clbench.scenarios.model import Task
@@ -237,8 +237,7 @@ class OnPro(Method):
             [*backbone.parameters(), *self.classifier.parameters(), *self.projection.parameters()],
             lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
         )  # fmt: skip
-        rule: ReservoirRule = "exact" if config.reservoir == "exact" else "batch"
-        self.buffer = Buffer(config.capacity, setting.device, rule=rule)
+        self.buffer = Buffer(config.capacity, setting.device, rule=config.reservoir)
         self.prototypes = torch.zeros((setting.num_classes, self._slice), device=setting.device)
         self._view = parse_view(config.augmentation.replace("{size}", str(side)))
         if tuple(self._view.output_shape((setting.image_shape[0], height, side))) != tuple(setting.image_shape):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.memory.buffer import Buffer, Exemplars, ReservoirRule
+from clbench.memory.buffer import Buffer, Exemplars
 from clbench.methods._proxy import class_counts, cosine_scores, unit
 from clbench.methods._softmax import OptimizerConfig, make_optimizer, width_of
 from clbench.methods.base import Head, Method, Setting, hp
@@ -113,9 +113,8 @@ class PCR(Method):
         width = width_of(backbone)
         self.proxies = nn.Linear(width, setting.num_classes, bias=False)
         self.optimizer = make_optimizer(config, [*backbone.parameters(), *self.proxies.parameters()])
-        rule: ReservoirRule = "exact" if config.reservoir == "exact" else "batch"
         shapes = self.payload_shapes(width)
-        self.buffer = Buffer(config.capacity, setting.device, payload=shapes, rule=rule)
+        self.buffer = Buffer(config.capacity, setting.device, payload=shapes, rule=config.reservoir)
         self._payload = {  # of this step's stream batch
             name: torch.zeros((setting.batch_size, *shape), device=setting.device) for name, shape in shapes.items()
         }

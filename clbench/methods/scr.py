@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clbench.memory.buffer import Buffer, ReservoirRule
+from clbench.memory.buffer import Buffer
 from clbench.methods._exemplar_means import ExemplarMeans, mean_scores
 from clbench.methods._softmax import OptimizerConfig, make_optimizer, width_of
 from clbench.methods.base import Method, Setting, hp
@@ -104,8 +104,7 @@ class SCR(Method):
         width = width_of(backbone)
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.projection))
         self.optimizer = make_optimizer(config, [*backbone.parameters(), *self.projection.parameters()])
-        rule: ReservoirRule = "exact" if config.reservoir == "exact" else "batch"
-        self.buffer = Buffer(config.capacity, setting.device, rule=rule)
+        self.buffer = Buffer(config.capacity, setting.device, rule=config.reservoir)
         self.seen = torch.zeros(setting.num_classes, dtype=torch.bool, device=setting.device)
         self.version = 0  # steps done: weights and memory are those of this number
         self._scales = torch.tensor([1.0, REVIEW_SCALE], device=setting.device).unbind()

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from numbers_ import measured, published_rows, results_rows
+from figures import measured, published_rows, results_rows
 
 from clbench.methods.registry import FOLDER, list_methods
 from clbench.scenarios.families import FAMILIES

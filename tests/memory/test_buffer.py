@@ -131,3 +131,8 @@ def test_update_and_draw_read_nothing_on_the_host() -> None:
 
 def test_bytes_count_images_labels_and_payload() -> None:
     assert Buffer(10, payload={"logits": (5,)}).num_bytes(3072) == 10 * (3072 + 8 + 20)
+
+
+def test_unknown_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="'bach' is none of batch, exact"):
+        Buffer(10, rule="bach")

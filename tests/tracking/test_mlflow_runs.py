@@ -124,6 +124,18 @@ def test_a_dead_server_loses_nothing_and_sync_logs_later(
     assert "0 runs logged, 0 had been logged before, 0 failed" in capsys.readouterr().out
 
 
+def test_a_run_that_breaks_takes_no_earlier_one_along(tmp_path: Path) -> None:
+    folders = clbench.dry_run("nmc", "split-digits", seeds="0-1", out=tmp_path, **SMALL).folders
+    uri = f"sqlite:///{tmp_path / 'm.db'}"
+    busy = clbench.store.RunRecord(folders[1])
+    folders[1].mkdir(parents=True)
+    with busy.lock(), pytest.raises(clbench.errors.InputError, match="is being run"):
+        clbench.run("nmc", "split-digits", seeds="0-1", out=tmp_path, track=uri, **SMALL)
+    inside = [run.data.tags.get("clbench.run_id") for run in logged(uri)]
+    assert folders[0].name in inside
+    assert json.loads((folders[0] / "tracking.json").read_text())["state"] == "logged"
+
+
 def test_damaged_records_are_named_and_stop_nothing(runs: Path, tmp_path: Path) -> None:
     import shutil
 
