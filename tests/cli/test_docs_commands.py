@@ -62,7 +62,10 @@ def test_commands_of_a_page_run(clbench: CommandLine, tmp_path: Path, page: Path
             continue
         done = clbench(*prepared(line, tmp_path))
         assert "Traceback" not in done.err, line
-        if done.code == 2 and any(name in line for name in OUTSIDE):
+        if "avalanche:" in line and not importlib.util.find_spec("avalanche"):
+            assert done.code == 2, line
+            assert "clbench[avalanche]" in done.err
+        elif done.code == 2 and any(name in line for name in OUTSIDE):
             assert re.search(r"data|weights|folder|not", done.err), line  # it says what is missing
         else:
             assert done.code in ((0, 1) if "doctor" in line else (0,)), f"{line}: {done.err}"
