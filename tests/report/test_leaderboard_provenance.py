@@ -21,6 +21,9 @@ BY_TEST = "tuned on split-cifar100-b@1 (study 6ee268d93ec0, scored on its test r
         (f"recipe: {PAPER}", PAPER, {"eval_every": "--eval-every"}, "paper"),  # watching is no hyperparameter
         (f"recipe: {OURS}", OURS, {}, "own recipe"),
         ("recipe: ours: shorter", "ours: shorter", {}, "own recipe"),
+        ("recipe: x", "none published: batches of protocol family A, AML's rate", {}, "own recipe"),
+        ("recipe: x", "not in OnPro's table: ER's settings of protocol family C", {}, "own recipe"),
+        ("recipe: x", "UER (reimplementation), the shared protocol of its authors", {}, "own recipe"),
         (f"recipe: {PAPER}", PAPER, {"epochs": "--epochs"}, "changed"),
         (f"recipe: {PAPER}", PAPER, {"backbone": "--backbone"}, "changed"),
         ("--set", PAPER, {}, "changed"),

@@ -7,7 +7,7 @@ What a record says of each value (`source`) decides:
 | paper | a published recipe for this method and scenario, nothing of it replaced |
 | two-phase | tuned on another scenario by a signed study, then frozen |
 | tuned in place | tuned on the scenario that it is scored on, or on one that shares classes or images with it |
-| own recipe | a recipe of this package that is not a paper's |
+| own recipe | a recipe of this package that is not a paper's, or that puts together what no paper has run |
 | changed | a recipe with values replaced by hand, its backbone or schedule included |
 | set by hand | no recipe, values given on the command line: how they were found is not recorded |
 | default | the method's and the scenario's defaults |
@@ -24,7 +24,8 @@ __all__ = ["BADGES", "Provenance", "is_own", "provenance"]
 # from the most to the least binding; a report that must choose one row of a method takes the first of these
 BADGES = ("two-phase", "paper", "own recipe", "default", "changed", "set by hand", "tuned in place")
 TRAINING = ("batch_size", "epochs", "updates_per_batch", "train_view", "test_view", "mask", "backbone")
-OWN = re.compile(r"^ours\b|: ours\b")
+# how the sources of recipes say that no paper has them: recipes/*.toml
+OWN = re.compile(r"^ours\b|: ours\b|^none published\b|^not in \w+'s table\b|\(reimplementation\)")
 
 
 class Provenance(NamedTuple):
