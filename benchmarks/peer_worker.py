@@ -1,6 +1,6 @@
 """One peer in a process of its own, answering `peers.py`: times of ER steps, batches, evaluations, end to end.
 
-python benchmarks/peer_worker.py clbench|floor|avalanche|avalanche-pil '{"device": "cpu", ...}'
+python benchmarks/peer_worker.py clbench|floor|avalanche|avalanche-pil|mammoth '{"device": "cpu", ...}'
 
 Each line on stdin is {"case": ..., "steps": n}; each answer is {"cpu_ms", "wall_ms"} per step, or {"missing": why}. All
 peers have the same images, model, batch sizes and evaluation. Avalanche evaluates with per-task and stream accuracy; it
@@ -286,6 +286,10 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a peer prints goes elsewhere
     name, options = sys.argv[1], json.loads(sys.argv[2])
     try:
+        if name == "mammoth":
+            from peer_mammoth import Mammoth
+
+            PEERS[name] = Mammoth
         peer = PEERS[name](**options)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), file=out, flush=True)

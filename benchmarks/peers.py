@@ -1,6 +1,6 @@
 """clbench, a bare PyTorch loop and other frameworks on the same scenario, model, batches and evaluation, interleaved.
 
-python benchmarks/peers.py --avalanche-python PATH [--device cpu|cuda] [--out results/benchmarks]
+python benchmarks/peers.py --avalanche-python PATH --mammoth CHECKOUT --mammoth-python PATH [--device cpu|cuda]
 
 Every peer is a process of its own (`peer_worker.py`; Avalanche's in its own interpreter if it cannot be imported
 here), and all are asked in turn, A B C A B C ..., one at a time. Writes `peers-<device>.md` and `peers-<device>.png`.
@@ -27,6 +27,9 @@ CASES = {  # case -> what it is, per what, steps of one turn on a CPU and on a G
     "end to end": ("ER step and evaluation behind it, reduced ResNet-18 (nf={width})", "iteration", 1, 10),
 }
 EXTRA = {"step, whole tasks": ("the same with `Replay` on whole tasks", "step", 40, 100)}
+MAMMOTH = """ `mammoth`: its model `er`, its loaders (no
+worker processes) and its `evaluate` (batches of 10, as it makes them), PIL images through ToTensor and Normalize, but no
+progress bar, logger and memory tracker: `benchmarks/peer_mammoth.py`."""
 SIZES = {  # on a CPU small, since the mathematics is the same for all
     "cpu": {"width": 8, "eval_images": 500, "stream_per_class": 200},
     "cuda": {"width": 20, "eval_images": 1000, "stream_per_class": 500},
@@ -92,7 +95,7 @@ def table(
     found: dict[str, dict[str, list[float]]], cases: dict[str, tuple], sizes: dict[str, Any], peers: list[str]
 ) -> str:
     titles = ["what", "per", *(f"{p}, ms" for p in peers), *(f"{p} / floor" for p in peers[1:])]
-    theirs = [p for p in peers if p.startswith("avalanche")]
+    theirs = peers[2:]
     titles += [f"{p} / clbench" for p in theirs]
     lines = [f"| {' | '.join(titles)} |"]
     lines.append("|" + "---|" * (lines[0].count("|") - 1))
@@ -117,7 +120,13 @@ def draw(found: dict[str, dict[str, list[float]]], sizes: dict[str, Any], peers:
     shown = ["step", "load", "evaluation", "end to end"]
     figure, axes = plt.subplots(figsize=(8.5, 4))
     width = 0.8 / len(peers)
-    colours = {"floor": "#9a9a9a", "clbench": "#1b6ca8", "avalanche": "#e3a06b", "avalanche-pil": "#c4561a"}
+    colours = {
+        "floor": "#9a9a9a",
+        "clbench": "#1b6ca8",
+        "avalanche": "#e3a06b",
+        "avalanche-pil": "#c4561a",
+        "mammoth": "#7a5aa6",
+    }
     for place, peer in enumerate(peers):
         bars = [(n, ratio(found[c], peer, found[c]["floor"])) for n, c in enumerate(shown) if found[c][peer]]
         at = [n + (place - (len(peers) - 1) / 2) * width for n, _ in bars]
@@ -146,6 +155,10 @@ def main() -> None:
     parser.add_argument(
         "--avalanche-python", default=None, help="an interpreter that has avalanche-lib, torch, clbench's needs"
     )
+    parser.add_argument("--mammoth", type=Path, default=None, help="a checkout of github.com/aimagelab/mammoth")
+    parser.add_argument(
+        "--mammoth-python", default=sys.executable, help="an interpreter that has its needs and clbench's"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks")
     for name in SIZES["cpu"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
@@ -155,7 +168,10 @@ def main() -> None:
     pythons = {"floor": sys.executable, "clbench": sys.executable}
     if given.avalanche_python or importlib.util.find_spec("avalanche"):
         pythons["avalanche"] = pythons["avalanche-pil"] = given.avalanche_python or sys.executable
-    workers = [Worker(name, python, options) for name, python in pythons.items()]
+    if given.mammoth:
+        pythons["mammoth"] = given.mammoth_python
+    extra = {"mammoth": {"mammoth": str(given.mammoth and given.mammoth.resolve())}}
+    workers = [Worker(name, python, {**options, **extra.get(name, {})}) for name, python in pythons.items()]
     for worker in workers:
         if "missing" in worker.about:
             print(f"{worker.name} is left out: {worker.about['missing']}", file=sys.stderr)
@@ -166,6 +182,7 @@ def main() -> None:
     for worker in workers:
         worker.close()
     versions = ", ".join(f"{worker.name} on torch {worker.about['torch']}" for worker in workers)
+    checkout = " --mammoth CHECKOUT --mammoth-python PYTHON" if "mammoth" in peers else ""
     kind = "wall-clock" if given.device == "cuda" else "CPU"
     given.out.mkdir(parents=True, exist_ok=True)
     head = f"""# clbench and its peers, on a {"GPU" if given.device == "cuda" else "CPU"}
@@ -175,10 +192,10 @@ Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batc
 milliseconds, medians; ratios are medians over the rounds of neighbours. `avalanche`: fed with uint8 images from memory
 (as `clbench.interop` does), its fast case; `avalanche-pil`: with PIL images through ToTensor and Normalize, as
 torchvision's data sets do. Its online stream has one experience per batch, and a reservoir.
-See `benchmarks/peer_worker.py`.
+See `benchmarks/peer_worker.py`.{MAMMOTH if "mammoth" in peers else ""}
 
 ```
-python benchmarks/peers.py --device {given.device} --rounds {given.rounds} --avalanche-python PYTHON
+python benchmarks/peers.py --device {given.device} --rounds {given.rounds} --avalanche-python PYTHON{checkout}
 ```
 
 {platform.machine()}, {os.cpu_count()} cores, one thread; {versions}; {datetime.now(UTC):%Y-%m-%d}.

@@ -13,19 +13,19 @@ case $what in
       --trials 8 --tune-seeds 3 --seeds 5
     ;;
   cifar100) # frozen MobileNetV2 at 64 px, features extracted once per half; heads are trained
-    $protocol --method nmc,slca,er,finetune,joint --untuned --tune split-cifar100-a --eval split-cifar100-b \
+    $protocol --method nmc,slca,er,derpp,finetune,joint --untuned --tune split-cifar100-a --eval split-cifar100-b \
       --trials 8 --tune-seeds 2 --seeds 3 --scenario-set per_class=100 \
       --backbone mobilenetv2_100 --backbone-set pad_type=same --backbone-set bn_eps=1e-3 --weights "${WEIGHTS:-}" \
       --train-view "resize(64,bicubic) normalize(0.5,0.5)" --test-view "resize(64,bicubic) normalize(0.5,0.5)" \
-      --set slca.backbone_scale=0 --set slca.milestone=0 --set er.train=head --set finetune.train=head --set joint.train=head \
-      --space "er.lr=log(1e-3,0.3)" --space "finetune.lr=log(1e-3,0.3)" --space "joint.lr=log(1e-3,0.3)" \
-      --space "er.batch_size=16,32,64" --space "finetune.batch_size=16,32,64" --space "joint.batch_size=16,32,64" \
-      --space "er.epochs=1,2,5" --space "finetune.epochs=1,2,5" --space "joint.epochs=1,2,5" \
+      --set slca.backbone_scale=0 --set slca.milestone=0 --set er.train=head --set derpp.train=head --set finetune.train=head --set joint.train=head \
+      --space "er.lr=log(1e-3,0.3)" --space "derpp.lr=log(1e-3,0.3)" --space "finetune.lr=log(1e-3,0.3)" --space "joint.lr=log(1e-3,0.3)" \
+      --space "er.batch_size=16,32,64" --space "derpp.batch_size=16,32,64" --space "finetune.batch_size=16,32,64" --space "joint.batch_size=16,32,64" \
+      --space "er.epochs=1,2,5" --space "derpp.epochs=1,2,5" --space "finetune.epochs=1,2,5" --space "joint.epochs=1,2,5" \
       --space "slca.epochs=1,2,5" --space "slca.batch_size=32,64,128" --eval-every 50 --eval-per-group 50
     ;;
   omniglot) # methods that train a network
-    $protocol --method er,finetune,joint --tune split-omniglot-a --eval split-omniglot-b \
-      --trials 8 --tune-seeds 2 --seeds 3 --space "epochs=2,5,10" --eval-every 50 --eval-per-group 20
+    $protocol --method er,derpp,finetune --tune split-omniglot-a --eval split-omniglot-b \
+      --trials 8 --tune-seeds 2 --seeds 3 --space "epochs=1,2,4" --eval-every 50 --eval-per-group 20
     ;;
   *)
     echo "run.sh digits|cifar100|omniglot [STUDIES folder]" >&2

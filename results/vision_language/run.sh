@@ -13,7 +13,7 @@ recipe=(--set iterations=100 --set warmup=10 --set fast_tasks=)
 
 case $what in
   tune) # the rate: plain fine-tuning on the first three domains of another order, scored on validation rows
-    for lr in 1e-4 3e-4 1e-3; do
+    for lr in 1e-4 3e-4 1e-3 3e-3; do
       $clbench run --method continualft --scenario mtil-small --scenario-set order=seeded --order-seed 100 \
         --scenario-set val_share=0.2 --scenario-set score=validation --scenario-set first_tasks=3 \
         "${cpu[@]}" "${recipe[@]}" --set lr=$lr
