@@ -27,9 +27,9 @@ CASES = {  # case -> what it is, per what, steps of one turn on a CPU and on a G
     "end to end": ("ER step and evaluation behind it, reduced ResNet-18 (nf={width})", "iteration", 1, 10),
 }
 EXTRA = {"step, whole tasks": ("the same with `Replay` on whole tasks", "step", 40, 100)}
-MAMMOTH = """ `mammoth`: its model `er`, its loaders (no
-worker processes) and its `evaluate` (batches of 10, as it makes them), PIL images through ToTensor and Normalize, but no
-progress bar, logger and memory tracker: `benchmarks/peer_mammoth.py`."""
+MAMMOTH = """ `mammoth`: its model `er`, its loaders
+(without worker processes) and its `evaluate` (batches of 10, as it makes them), PIL images through ToTensor and
+Normalize; no progress bar, logger and memory tracker. See `benchmarks/peer_mammoth.py`."""
 SIZES = {  # on a CPU small, since the mathematics is the same for all
     "cpu": {"width": 8, "eval_images": 500, "stream_per_class": 200},
     "cuda": {"width": 20, "eval_images": 1000, "stream_per_class": 500},
