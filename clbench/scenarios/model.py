@@ -88,7 +88,7 @@ class StreamDefaults:
     updates_per_batch: int = 1
     drop_last: bool = False
     eval_every: int | None = None
-    eval_dense: int = 10
+    eval_dense: int = 50
     eval_per_group: int = 200
     eval_samples: int | None = None
     train_view: str = ""

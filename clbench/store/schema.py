@@ -108,7 +108,7 @@ class Spec(_Entry):
         beside = {"schema_version", "recipe", "protocol_family", "protocol_changes", "sources"}
         beside |= {"evaluator", "eval_batch", "reference"}  # how it is watched; its fingerprint decides
         content = self.model_dump(mode="json", exclude=beside)
-        content["hyperparameters"] = {key: entry.value for key, entry in self.hyperparameters.items()}
+        content["hyperparameters"] = {key: entry["value"] for key, entry in content["hyperparameters"].items()}
         return content
 
 

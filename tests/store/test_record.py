@@ -141,6 +141,14 @@ def test_a_second_start_appends_to_env_and_keeps_the_spec(tmp_path: Path) -> Non
     assert record.read_spec().seed == 0
 
 
+@pytest.mark.parametrize("value", [(), (1, 2), {"a": (1,)}])
+def test_a_second_start_knows_values_that_are_stored_in_another_form(tmp_path: Path, value: object) -> None:
+    """A tuple comes back from spec.json as a list, and is the same value."""
+    changes = {"hyperparameters": {"fast_tasks": {"value": value, "source": "--set"}}}
+    for _ in range(2):
+        RunRecord(tmp_path / "run").create(document(**changes))
+
+
 def test_environment_names_versions_and_hides_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     found = environment("cpu", command=["run", f"--data={tmp_path}/sets", str(tmp_path)])
