@@ -249,7 +249,7 @@ def print_results(results: "Results") -> None:
     else:
         rows = result_rows(results.seeds, summaries, metrics)
         print_table(list(rows[0]), rows)
-        print(table_note(rows))
+        print(table_note(rows, summaries))
     levels = level_rows(results.seeds, summaries)
     if levels:
         print()

@@ -1,5 +1,6 @@
 """When to evaluate: densely behind a task switch, where the stability gap is, then sparsely."""
 
+from bisect import bisect, bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ def fit_schedule(steps: Sequence[int], train_images: Sequence[int], eval_images:
     """The densest schedule whose evaluations cost no more than training.
 
     steps, train_images, eval_images: per task, its steps, the images it trains on, the images of one evaluation. A
-    training image counts three forward passes, an evaluated one counts one. `dense` is cut down first if even it alone
-    costs more than half of the budget. Depends on the scenario and the phases only, never on the machine.
+    training image counts three forward passes, an evaluated one counts one. If `dense` alone costs more than half of
+    the budget, it is cut to what half of it pays. Depends on the scenario and the phases only, never on the machine.
     """
     budget = 3 * sum(train_images)
 
@@ -54,13 +55,7 @@ def fit_schedule(steps: Sequence[int], train_images: Sequence[int], eval_images:
         return sum(schedule.count(n) * images for n, images in zip(steps, eval_images, strict=True))
 
     longest = max(steps, default=1) or 1
-    while dense > 0 and cost(Schedule(longest, dense)) > budget / 2:
-        dense //= 2
-    low, high = 1, longest
-    while low < high:
-        middle = (low + high) // 2
-        if cost(Schedule(middle, dense)) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return Schedule(low, dense if low > 1 else 0)
+    # both costs are monotonic: bisect finds the last `dense` and the first `every` that are paid for
+    dense = max(bisect(range(dense + 1), budget / 2, key=lambda few: cost(Schedule(longest, few))) - 1, 0)
+    every = 1 + bisect_left(range(1, longest), -budget, key=lambda often: -cost(Schedule(often, dense)))
+    return Schedule(every, dense if every > 1 else 0)

@@ -448,22 +448,21 @@ def make_method(
 
 
 def make_schedule(spec: RunSpec, scenario: Scenario, plans: list[list[Plan]], per_group: int) -> tuple[Schedule, str]:
-    """`--eval-every`, else the scenario's schedule, cut so that evaluation costs no more than training."""
+    """`--eval-every`, else the scenario's own, else the densest at which evaluation costs no more than training."""
     if spec.eval_every is not None:
         return Schedule(spec.eval_every, 0), "--eval-every"
     defaults = scenario.defaults
     if defaults.eval_samples is not None:
         return Schedule(0, 0, defaults.eval_samples), "scenario"
+    if defaults.eval_every is not None:
+        return Schedule(defaults.eval_every, defaults.eval_dense if defaults.eval_every > 1 else 0), "scenario"
     steps = [sum(plan.steps for plan in task) for task in plans]
     images = [sum(plan.steps * min(plan.batch_size, len(plan.rows)) for plan in task) for task in plans]
     unlocked = [
         [g for g in scenario.groups if (g.task is None or g.task <= index)] for index in range(len(scenario.tasks))
     ]
     tested = [sum(min(len(g.rows), per_group) for g in groups) for groups in unlocked]
-    fitted = fit_schedule(steps, images, tested, defaults.eval_dense)
-    if defaults.eval_every is not None and defaults.eval_every >= fitted.every:
-        return Schedule(defaults.eval_every, defaults.eval_dense), "scenario"
-    return fitted, "scenario, as dense as training's cost allows"
+    return fit_schedule(steps, images, tested, defaults.eval_dense), "as dense as training's cost allows"
 
 
 def plain(value: Any) -> Any:

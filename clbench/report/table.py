@@ -17,6 +17,7 @@ Row = dict[str, str]
 NOTE = "accuracies in percent, recovery in steps"
 SAMPLING = "; subset ±: sampling error of the evaluation subsets"
 NEVER = "; * without tasks that never recovered"
+SPARSE = "; minima and gaps as seen by {} evaluations in {} steps: --eval-every 1 sees all"
 
 
 def main_metrics(summaries: Sequence[Mapping[str, Any]] = (), *, multi_domain: bool = False) -> list[str]:
@@ -75,10 +76,14 @@ def result_rows(
     return rows
 
 
-def table_note(rows: Sequence[Row]) -> str:
-    """The line below the table: units, and what the signs in it mean."""
+def table_note(rows: Sequence[Row], summaries: Sequence[Mapping[str, Any]]) -> str:
+    """The line below the table: units, what the signs in it mean, and whether minima were looked for at every step."""
     cells = [text for row in rows for text in row.values()]
-    return NOTE + SAMPLING * ("subset ±" in cells) + NEVER * any(text.endswith("*") for text in cells)
+    note = NOTE + SAMPLING * ("subset ±" in cells) + NEVER * any(text.endswith("*") for text in cells)
+    seen = {(s["evaluations"], s["steps"]) for s in summaries if s.get("min_accuracy") is not None}
+    if seen and "min-ACC" in rows[0] and min(seen)[0] < min(seen)[1]:
+        note += SPARSE.format(*min(seen))
+    return note
 
 
 def results_table(
@@ -100,7 +105,7 @@ def results_table(
         table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", vertical="bottom")
     for index, row in enumerate(rows):
         table.add_row(*row.values(), style="bold" if row["run"] == "mean" else "dim" if index > len(seeds) else None)
-    table.caption = Text(table_note(rows), style="dim")
+    table.caption = Text(table_note(rows, summaries), style="dim")
     return table
 
 

@@ -34,6 +34,8 @@ def test_fitted_schedule_costs_no_more_than_training(tasks: list[tuple[int, int,
         assert cost(schedule) == ends_alone
     elif schedule.every > 1:  # and it is the densest that fits
         assert cost(Schedule(schedule.every - 1, schedule.dense)) > 3 * sum(trained)
+    if schedule.every > 1 and schedule.dense < dense:  # one dense step more costs more than half of the budget
+        assert cost(Schedule(max(steps), schedule.dense + 1)) > 1.5 * sum(trained)
 
 
 def test_a_cheap_evaluation_happens_at_every_step() -> None:

@@ -7,15 +7,15 @@ from rich.console import Console
 
 from clbench.errors import InputError
 from clbench.metrics import find_metric
-from clbench.report.table import level_rows, main_metrics, result_rows, results_table
+from clbench.report.table import level_rows, main_metrics, result_rows, results_table, table_note
 
 FIRST = {
     "final_accuracy": 0.8, "forgetting": -0.0001, "min_accuracy": 0.5, "min_accuracy_se": 0.02, "wf_10": None,
-    "recovery_iterations": 4.0, "recovery_missing": 0,
+    "recovery_iterations": 4.0, "recovery_missing": 0, "evaluations": 75, "steps": 75,
 }  # fmt: skip
 SECOND = {
     "final_accuracy": 0.9, "forgetting": 0.1, "min_accuracy": 0.6, "min_accuracy_se": 0.03, "wf_10": None,
-    "recovery_iterations": 5.5, "recovery_missing": 2,
+    "recovery_iterations": 5.5, "recovery_missing": 2, "evaluations": 12, "steps": 75,
 }  # fmt: skip
 RUNS = [FIRST, SECOND]
 
@@ -52,6 +52,13 @@ def test_it_fits_80_columns_without_cutting_a_word() -> None:
     titles = [find_metric(key).title for key in main_metrics()]
     assert {word for title in titles for word in title.split()} <= set(shown.split())
     assert len(titles) == 7
+
+
+def test_the_note_says_when_minima_were_not_looked_for_at_every_step() -> None:
+    assert "by 12 evaluations in 75 steps" in table_note(result_rows([0, 1], RUNS), RUNS)
+    assert "evaluations in" not in table_note(result_rows([0], RUNS[:1]), RUNS[:1])
+    accuracy = result_rows([0, 1], RUNS, ["final_accuracy"])
+    assert "evaluations in" not in table_note(accuracy, RUNS)
 
 
 def test_a_protocol_shows_its_own_measures_first() -> None:
