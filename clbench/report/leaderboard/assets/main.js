@@ -23,15 +23,15 @@ function overview() {
   const render = () => {
     const words = state.text.toLowerCase().split(/\s+/).filter(Boolean);
     const boards = DATA.boards.filter((b) => words.every((w) => `${b.label} ${b.about} ${b.rows.map((r) => r.label).join(" ")}`.toLowerCase().includes(w)));
-    clear(host, grid(boards, methods));
+    clear(host, grid(boards));
   };
   const search = el("input", { type: "search", placeholder: "scenario, method, setting …", "aria-label": "filter scenarios", oninput: () => { state.text = search.value; render(); } });
   render();
   return [
-    el("div", { class: "hero" }, el("h1", {}, made.title), el("p", { class: "lead" }, "Continual-learning methods, run in one harness, watched at every iteration. Every number says where it comes from, and stands only beside numbers it may be compared with."),
+    el("div", { class: "hero" }, el("h1", {}, made.title), el("p", { class: "lead" }, "Continual-learning methods, run in one harness and watched while they train. Every number says where it comes from, and stands only beside numbers it may be compared with."),
       el("div", { class: "facts" }, fact(methods.length, "methods"), fact(new Set(DATA.boards.map((b) => b.scenario)).size, "scenarios"), fact(DATA.boards.length, "tables"), fact(finished, "finished runs"), DATA.left_out.length > 0 && el("a", { href: "#/records" }, el("b", {}, String(DATA.left_out.length)), el("span", {}, "remarks on records")))),
     el("section", { class: "card" }, el("h2", {}, "All tables"), el("div", { class: "controls" }, el("label", { class: "field" }, el("span", {}, "filter"), search)), host,
-      el("p", { class: "muted small" }, "The first metric of each table, mean over seeds; a method with several rows shows its best-founded one (a recipe before values set by hand), never the one with the best number. Underlined: best in its table. Tables do not compare with each other.")),
+      el("p", { class: "muted small" }, "The first metric of each table, mean over seeds, best method first; a method with several rows shows its best-founded one (a recipe before values set by hand), never the one with the best number. Underlined: best in its table. Tables do not compare with each other.")),
   ];
 }
 
@@ -41,17 +41,19 @@ function standing(board, method) {
   return board.rows.filter((r) => r.method === method && r.stats[key]).sort((a, b) => kinds.indexOf(a.badge) - kinds.indexOf(b.badge) || b.done - a.done)[0];
 }
 
-function grid(boards, methods) {
-  const used = methods.filter((m) => boards.some((b) => b.rows.some((r) => r.method === m)));
+function grid(boards) {
+  // methods in order of their mean: a column for each would be wide and nearly empty
+  const ranked = (board, metric) => [...new Set(board.rows.map((r) => r.method))].map((m) => [m, metric && standing(board, m)])
+    .map(([m, row]) => [m, row ? row.stats[metric.key][0] : null])
+    .sort(([, a], [, b]) => (a === null) - (b === null) || (metric && metric.higher ? b - a : a - b));
   return el("div", { class: "scroll" }, el("table", { class: "grid" },
-    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "scenario"), el("th", { scope: "col" }, "metric"), used.map((m) => el("th", { scope: "col", class: "num" }, m)))),
+    el("thead", {}, el("tr", {}, ["scenario", "metric", "methods"].map((name) => el("th", { scope: "col" }, name)))),
     el("tbody", {}, boards.map((board) => {
-      const metric = METRICS.get(board.metrics[0]), cells = used.map((m) => (metric ? standing(board, m) : null));
-      const means = cells.filter(Boolean).map((r) => r.stats[metric.key][0]), best = means.length > 1 ? (metric.higher ? Math.max(...means) : Math.min(...means)) : null;
+      const metric = METRICS.get(board.metrics[0]), methods = ranked(board, metric), known = methods.filter(([, mean]) => mean !== null);
+      const shown = ([m, mean]) => (mean === null ? "…" : known.length > 1 && mean === known[0][1] ? el("u", {}, number(mean, metric)) : el("b", {}, number(mean, metric)));
       return el("tr", {}, el("th", { scope: "row" }, el("a", { href: `#/board/${board.id}` }, board.scenario), board.label !== board.scenario && el("small", {}, board.label.slice(board.scenario.length + 2))),
         el("td", { class: "muted" }, metric ? metric.title : "–"),
-        cells.map((row, i) => row ? el("td", { class: "num" }, row.stats[metric.key][0] === best ? el("u", {}, number(row.stats[metric.key][0], metric)) : number(row.stats[metric.key][0], metric))
-          : el("td", { class: "num muted" }, board.rows.some((r) => r.method === used[i]) ? "…" : "")));
+        el("td", {}, el("div", { class: "ranked" }, methods.map((one) => el("span", {}, `${one[0]} `, shown(one))))));
     }))));
 }
 
