@@ -56,7 +56,8 @@ def parts(doc: str) -> tuple[str, list[str], list[str], list[str]]:
     idea, body, differs = [], [], []
     for paragraph in paragraphs:
         if paragraph.startswith("Idea:"):
-            idea.append(paragraph.removeprefix("Idea:").strip())
+            said = paragraph.removeprefix("Idea:").strip()
+            idea.append(said[:1].upper() + said[1:])
         elif paragraph.startswith(DIFFERS) or "differ" in paragraph.split(".")[0].lower():
             differs.append(paragraph)
         else:
@@ -79,9 +80,15 @@ def hyperparameters(entry: dict[str, Any]) -> list[str]:
     rows = ["| name | default | meaning | source |", "|---|---|---|---|"]
     for item in entry["hyperparameters"]:
         rows.append(
-            f"| `{item['name']}` | `{item['default']}` | {cell(item['help'])} | {cell(item.get('source') or '–')} |"
+            f"| `{item['name']}` | {default(item['default'])} | {cell(item['help'])} | {cell(item.get('source') or '–')} |"
         )
     return ["\n".join(rows)]
+
+
+def default(value: Any) -> str:
+    """As one would give it to `--set`."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"`{text}`" if text else "empty"
 
 
 def recipe_table(name: str) -> list[str]:
