@@ -79,9 +79,8 @@ def hyperparameters(entry: dict[str, Any]) -> list[str]:
         return ["none."]
     rows = ["| name | default | meaning | source |", "|---|---|---|---|"]
     for item in entry["hyperparameters"]:
-        rows.append(
-            f"| `{item['name']}` | {default(item['default'])} | {cell(item['help'])} | {cell(item.get('source') or '–')} |"
-        )
+        source = cell(item.get("source") or "–")
+        rows.append(f"| `{item['name']}` | {default(item['default'])} | {cell(item['help'])} | {source} |")
     return ["\n".join(rows)]
 
 
