@@ -82,16 +82,17 @@ def knn_shapley(
 
 
 def balanced_slots(
-    targets: Tensor, num_classes: int, per_class: int, uniform: Tensor, excluded: Tensor | None = None
+    targets: Tensor, classes: Tensor, per_class: int, uniform: Tensor, excluded: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`per_class` random exemplars of each class: slots (C * per_class,) int64 and whether each exists, bool.
+    """`per_class` random exemplars of each class: slots (K * per_class,) int64 and whether each exists, bool.
 
-    targets: (M,) int64 of the memory; uniform: (M,) in [0, 1), who comes first; excluded: (M,) bool or None.
+    targets: (M,) int64 of the memory; classes: (K,) int64 in rising order, all that are in the memory and others;
+    uniform: (M,) in [0, 1), who comes first; excluded: (M,) bool or None.
     """
-    labels = targets if excluded is None else targets.masked_fill(excluded, num_classes)
+    labels = targets if excluded is None else targets.masked_fill(excluded, torch.iinfo(targets.dtype).max)
     shuffled = uniform.argsort()
     order = shuffled[labels[shuffled].argsort(stable=True)]  # by class, at random inside
-    counts = (labels == torch.arange(num_classes, device=labels.device)[:, None]).sum(dim=1)
+    counts = (labels == classes[:, None]).sum(dim=1)
     rank = torch.arange(per_class, device=labels.device)
     place = (counts.cumsum(0) - counts)[:, None] + rank
     return order[place.clamp(max=len(order) - 1).flatten()], (rank < counts[:, None]).flatten()
@@ -142,6 +143,12 @@ class ASER(SoftmaxMethod):
     def __init__(self, config: ASERConfig, backbone: nn.Module, setting: Setting) -> None:
         super().__init__(config, backbone, setting)
         self.buffer = SwapBuffer(config.capacity, setting.device)
+        # classes that may be in memory during each task, known without a look at it: nothing is encoded for others
+        seen: set[int] = set()
+        self._classes = []
+        for classes in setting.task_classes:
+            seen |= set(classes.tolist())
+            self._classes.append(torch.tensor(sorted(seen), dtype=torch.int64, device=setting.device))
 
     # -- what is replayed --------------------------------------------------------------------------------------------
     def draw(self, batch: Batch) -> Batch:
@@ -161,12 +168,12 @@ class ASER(SoftmaxMethod):
     @torch.no_grad()
     def _best(self, batch: Batch) -> Tensor:
         """(replay_batch_size,) slots of the candidates with the highest score."""
-        config, buffer = self.config, self.buffer
+        config, buffer, classes = self.config, self.buffer, self._classes[batch.at.task]
         uniform = torch.rand((2, len(buffer)), generator=self.setting.rng("balanced", batch.at.step),
                              device=self.setting.device)  # fmt: skip
-        slots, valid = balanced_slots(buffer.targets, self.setting.num_classes, config.per_class, uniform[0])
+        slots, valid = balanced_slots(buffer.targets, classes, config.per_class, uniform[0])
         used = torch.zeros(len(buffer), device=slots.device).index_add_(0, slots, valid.float()) > 0
-        others, there = balanced_slots(buffer.targets, self.setting.num_classes, config.per_class, uniform[1], used)
+        others, there = balanced_slots(buffer.targets, classes, config.per_class, uniform[1], used)
         candidates, partners = buffer.take(slots), buffer.take(others)
         features = self._encode(candidates, partners, batch)
         mine, theirs, stream = features.split([len(slots), len(others), len(batch.rows)])
@@ -209,7 +216,8 @@ class ASER(SoftmaxMethod):
         config, buffer, num_classes = self.config, self.buffer, self.setting.num_classes
         uniform = torch.rand((2, len(buffer) + 1), generator=self.setting.rng("swap", batch.at.step),
                              device=self.setting.device)  # fmt: skip
-        slots, valid = balanced_slots(buffer.targets, num_classes, config.per_class, uniform[0, 1:])
+        classes = self._classes[batch.at.task]
+        slots, valid = balanced_slots(buffer.targets, classes, config.per_class, uniform[0, 1:])
         used = torch.zeros(len(buffer), device=slots.device).index_add_(0, slots, valid.float()) > 0
         share = (buffer.targets == batch.targets[:, None]).float().mean(dim=1)
         minority = share < uniform[0, 0] / num_classes

@@ -81,7 +81,7 @@ def test_values_are_shapleys_and_sum_to_the_utility(num: int, k: int, seed: int)
 def test_balanced_draws(labels: list[int], per_class: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     targets, excluded = torch.tensor(labels), torch.rand(len(labels), generator=rng) < 0.3
-    slots, valid = balanced_slots(targets, 5, per_class, torch.rand(len(labels), generator=rng), excluded)
+    slots, valid = balanced_slots(targets, torch.arange(5), per_class, torch.rand(len(labels), generator=rng), excluded)
     assert len(slots) == 5 * per_class
     for c in range(5):
         there = {i for i, label in enumerate(labels) if label == c and not excluded[i]}
@@ -94,7 +94,7 @@ def test_balanced_draws_are_even() -> None:
     targets = torch.tensor([0, 1, 1, 1, 0, 1])
     counts = torch.zeros(6)
     for key in range(2000):
-        slots, valid = balanced_slots(targets, 2, 1, torch.rand(6, generator=generator(0, "u", key)))
+        slots, valid = balanced_slots(targets, torch.arange(2), 1, torch.rand(6, generator=generator(0, "u", key)))
         counts.index_add_(0, slots, valid.float())
     assert (counts[[0, 4]] - 1000).abs().max() < 100
     assert (counts[[1, 2, 3, 5]] - 500).abs().max() < 100
