@@ -144,11 +144,10 @@ class ASER(SoftmaxMethod):
         super().__init__(config, backbone, setting)
         self.buffer = SwapBuffer(config.capacity, setting.device)
         # classes that may be in memory during each task, known without a look at it: nothing is encoded for others
-        seen: set[int] = set()
-        self._classes = []
-        for classes in setting.task_classes:
-            seen |= set(classes.tolist())
-            self._classes.append(torch.tensor(sorted(seen), dtype=torch.int64, device=setting.device))
+        self._classes = [
+            torch.cat(list(setting.task_classes[: task + 1])).unique().to(setting.device)
+            for task in range(len(setting.task_classes))
+        ]
 
     # -- what is replayed --------------------------------------------------------------------------------------------
     def draw(self, batch: Batch) -> Batch:

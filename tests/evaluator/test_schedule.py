@@ -1,9 +1,12 @@
 """The schedule: what it counts, and that the fitted one keeps to its budget."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clbench.evaluator import Schedule, fit_schedule
+from clbench.learner.resolve import resolve
+from clbench.learner.spec import RunSpec
 
 
 @given(st.integers(0, 50), st.integers(0, 20), st.integers(0, 300))
@@ -45,3 +48,26 @@ def test_a_cheap_evaluation_happens_at_every_step() -> None:
 def test_zero_means_never() -> None:
     assert Schedule(0, 5).count(100) == 0
     assert not Schedule(0, 5).due(1)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "given_every", "every", "dense", "source"),
+    [
+        ("split-digits", None, 1, 0, "scenario"),  # dearer than training, and asked for
+        ("split-digits-a", None, 10, 50, "scenario"),
+        ("split-digits", 7, 7, 0, "--eval-every"),
+    ],
+)
+def test_who_says_how_densely_a_run_is_watched(
+    scenario: str, given_every: int | None, every: int, dense: int, source: str
+) -> None:
+    document = resolve(RunSpec(method="finetune", scenario=scenario, eval_every=given_every)).document
+    assert (document["eval_every"], document["eval_dense"]) == (every, dense)
+    assert document["sources"]["eval_every"] == source
+
+
+def test_a_scenario_that_says_nothing_is_watched_as_its_cost_allows() -> None:
+    document = resolve(RunSpec(method="finetune", scenario="rotated-digits")).document
+    assert document["eval_every"] > 1
+    assert 0 < document["eval_dense"] <= 50
+    assert "cost" in document["sources"]["eval_every"]

@@ -90,6 +90,15 @@ def test_balanced_draws(labels: list[int], per_class: int, seed: int) -> None:
         assert len(set(drawn)) == len(drawn) == min(per_class, len(there))
 
 
+def test_classes_that_have_not_come_change_no_draw() -> None:
+    targets, uniform = torch.tensor([4, 1, 4, 1, 1, 7]), torch.rand(6, generator=generator(0, "u"))
+    excluded = torch.tensor([False, True, False, False, False, False])
+    for kept in (None, excluded):
+        slots, valid = balanced_slots(targets, torch.tensor([1, 4, 7]), 2, uniform, kept)
+        among, there = balanced_slots(targets, torch.arange(100), 2, uniform, kept)
+        assert slots[valid].tolist() == among[there].tolist()
+
+
 def test_balanced_draws_are_even() -> None:
     targets = torch.tensor([0, 1, 1, 1, 0, 1])
     counts = torch.zeros(6)
