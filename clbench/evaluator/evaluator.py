@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clbench.data.reader import Reader
+from clbench.errors import RunFailed
 from clbench.evaluator.chunks import fitting_chunk, measured_chunk
 from clbench.evaluator.engine import EngineName, make_engine, watching
 from clbench.evaluator.heads import GroupCounts
@@ -121,6 +122,11 @@ class Evaluator:
             self._count(answering, groups, seen, version, row)
 
         self.engine.observe(method, (groups, seen, version, self.chunk), count, self._table[slot])
+        if not self._images.unwritten():
+            raise RunFailed(
+                f"{type(method).__name__} writes into the images it is given to classify, so later evaluations would "
+                f"see other images; have its logits() and features() work on a copy"
+            )
         self.points.append((step, task, phase, position))
         self.active.append(groups)
 
@@ -133,13 +139,12 @@ class Evaluator:
         ahead of the first step. Part of the state, so that a resumed run keeps it."""
         task = self._task_id(self.scenario.groups[0])
         allowed = self._allowed_for_method(None)
-        places = torch.arange(len(self.subset.rows), device=self.device)
 
         def forward(count: int) -> None:
-            method.logits(self._images(places[:count]), allowed, task)
+            method.logits(self._images(slice(0, count)), allowed, task)
 
         with watching(method):
-            self.chunk = measured_chunk(forward, len(places), self.device)
+            self.chunk = measured_chunk(forward, len(self.subset.rows), self.device)
         return self.chunk
 
     def full(self, method: Method, position: int, progress: Callable[[int, int], None] | None = None) -> FullResult:
@@ -216,7 +221,7 @@ class Evaluator:
             features = torch.cat([self._group_features(method, index, version) for index in groups])
         for start in range(0, len(chosen.places), self.chunk):
             cut = slice(start, start + self.chunk)
-            part = chosen.places[cut]
+            part = chosen.part(cut)
             targets, group = self.subset.targets[part], self.subset.group[part]
             if head is not None and self.head_counts is not None:
                 given = method.features(self._images(part), task) if features is None else features[cut]
@@ -236,8 +241,7 @@ class Evaluator:
         if key not in self._chosen:
             if not self.task_aware:
                 self._chosen.clear()  # a newer state of the stream: the old choice does not come back
-            starts = self.subset.starts
-            places = torch.cat([torch.arange(starts[g], starts[g + 1], device=self.device) for g in groups])
+            places = self._places(groups)
             masks = [self._allowed(g, seen) for g in groups]
             if all(self._answerable[g] is self._answerable[groups[0]] for g in groups):
                 self._chosen[key] = _Chosen(places, masks[0])
@@ -249,13 +253,19 @@ class Evaluator:
                 self._chosen[key] = _Chosen(places, table, index, table[index] if self.head_counts is None else None)
         return self._chosen[key]
 
+    def _places(self, groups: tuple[int, ...]) -> range | Tensor:
+        starts = self.subset.starts
+        if groups == tuple(range(groups[0], groups[0] + len(groups))):
+            return range(starts[groups[0]], starts[groups[-1] + 1])
+        return torch.cat([torch.arange(starts[g], starts[g + 1], device=self.device) for g in groups])
+
     def _group_features(self, method: Method, index: int, version: int) -> Tensor:
         cached = self._features.get(index)
         if cached is None or cached[0] != version:
             # one pass per group: its bits must not depend on which other groups are active, or a resume would differ
             start, end = self.subset.starts[index], self.subset.starts[index + 1]
             parts = [
-                method.features(self._images(torch.arange(a, min(a + self.chunk, end), device=self.device)), None)
+                method.features(self._images(slice(a, min(a + self.chunk, end))), None)
                 for a in range(start, end, self.chunk)
             ]
             cached = (version, torch.cat(parts))
@@ -302,13 +312,19 @@ class Evaluator:
 
 
 class _Chosen(NamedTuple):
-    """What one observation looks at. places: (R,) int64 in the subset. masks: None, one (C,) bool for all, or (M, C)
-    with mask_index (R,) int64 and, unless heads are fused, the mask of every row, `rows` (R, C)."""
+    """What one observation looks at. places: R of the subset, a range where they lie in a row or (R,) int64. masks:
+    None, one (C,) bool for all, or (M, C) with mask_index (R,) int64 and, unless heads are fused, the mask of every
+    row, `rows` (R, C)."""
 
-    places: Tensor
+    places: range | Tensor
     masks: Tensor | None
     mask_index: Tensor | None = None
     rows: Tensor | None = None
+
+    def part(self, cut: slice) -> slice | Tensor:
+        """What to index the subset with: a slice, which copies nothing, where the places lie in a row."""
+        places = self.places[cut]
+        return slice(places.start, places.stop) if isinstance(places, range) else places
 
 
 def answer(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:

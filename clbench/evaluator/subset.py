@@ -47,16 +47,20 @@ def draw_subset(groups: tuple[Group, ...], per_group: int, seed: int, device: to
 
 
 class ResidentImages:
-    """Images of a subset under one view: read once and kept, or read again each time if they take too much room."""
+    """Images of a subset under one view: read once and kept, or read again each time if they take too much room.
+
+    A slice of those that are kept is no copy, so whoever is given one must not write into it; `unwritten` tells.
+    """
 
     def __init__(self, subset: Subset, read: Reader, view: str) -> None:
         self.subset = subset
         self.read = read
         self.view = view
         self._images: Tensor | None = None
+        self._version = 0
 
-    def __call__(self, chosen: Tensor) -> Tensor:
-        """(B,) int64 places in the subset -> (B, C, H, W)."""
+    def __call__(self, chosen: Tensor | slice) -> Tensor:
+        """(B,) int64 places in the subset, or a slice of them -> (B, C, H, W)."""
         subset = self.subset
         if self._images is None:
             view_bytes = 4 * math.prod(self.read.output_shape(self.view)) if self.view in self.read.views else 0
@@ -64,4 +68,9 @@ class ResidentImages:
                 domain = None if subset.domain is None else subset.domain[chosen]
                 return self.read(subset.rows[chosen], domain, self.view)
             self._images = self.read(subset.rows, subset.domain, self.view)
+            self._version = self._images._version
         return self._images[chosen]
+
+    def unwritten(self) -> bool:
+        """Whether the kept images are still those that were read. Asks the tensor's count of writes, not the device."""
+        return self._images is None or self._images._version == self._version

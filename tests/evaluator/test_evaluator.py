@@ -1,5 +1,7 @@
 """Hits against a naive count, for all masks, groups and ties; features cached only where they may be."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 from tiny import Flat, learner_for, make_store, run, split_scenario
 from torch import Tensor, nn
 
+from clbench.errors import RunFailed
 from clbench.evaluator import Schedule
+from clbench.evaluator.engine import EngineName, make_engine
 from clbench.evaluator.evaluator import answer, watching
 from clbench.evaluator.subset import draw_subset
 from clbench.methods.base import Method
@@ -82,6 +86,37 @@ def test_hits_equal_the_naive_evaluation(mask: str, chunk: int) -> None:
     full = learner.evaluator.full(learner.method, position)
     assert full.hits.tolist() == expected, "the subsets are whole groups here, so both must agree"
     assert len(full.predictions) == sum(len(g.rows) for g in learner.scenario.groups)
+
+
+@pytest.mark.parametrize("mask", ["seen", "all", "task"])
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_hits_of_groups_that_do_not_lie_in_a_row(mask: str, chunk: int) -> None:
+    scenario = split_scenario(make_store())
+    scenario = dataclasses.replace(scenario, groups=tuple(scenario.groups[g] for g in (0, 2, 1)))
+    learner = run(learner_for(scenario, Finetune, mask=mask))
+    evaluator, position = learner.evaluator, scenario.offsets[2]
+    evaluator.chunk = chunk
+    assert evaluator.active_groups(1, position) == (0, 2)
+    evaluator.observe(learner.method, 1, 0, 999, position)
+    hits = evaluator.drain(len(evaluator.points) - 1)["hits"][0].tolist()
+    first, last = naive_hits(learner, learner.method, (0, 2), position, mask)
+    assert hits == [first, 0, last]
+    assert sum(hits) > 0
+
+
+class Darkens(Finetune):
+    """Halves the pixels it is given instead of a copy of them."""
+
+    def logits(self, images: Tensor, allowed: Tensor, task: int | None) -> Tensor:
+        return super().logits(images.mul_(0.5), allowed, task)
+
+
+@pytest.mark.parametrize("engine", ["plain", "snapshot"])
+def test_a_method_that_writes_into_the_images_is_refused(engine: EngineName) -> None:
+    learner = learner_for(split_scenario(make_store()), Darkens, schedule=Schedule(1))
+    learner.evaluator.engine = make_engine(engine, torch.device("cpu"))
+    with pytest.raises(RunFailed, match="Darkens writes into the images"):
+        run(learner)
 
 
 def test_future_groups_score_nothing_under_seen() -> None:
