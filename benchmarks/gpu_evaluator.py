@@ -356,11 +356,12 @@ def candidate_tiles() -> list:
     from clbench.evaluator.kernels import Tiles
 
     return [
-        Tiles(rows, classes, width, 1, warps, stages)
+        Tiles(rows, classes, width, 1, warps, stages, registers)
         for rows, classes in ((128, 128), (128, 256), (256, 128), (64, 128))
         for width in (64, 128)
         for warps in (4, 8)
         for stages in (3, 4)
+        for registers in (None, 128)
     ]
 
 

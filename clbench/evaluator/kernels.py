@@ -26,12 +26,15 @@ from clbench.methods.base import Head
 
 __all__ = ["INTERPRETED", "Tiles", "choose_tiles", "gather_images", "head_counts"]
 
+LOG2E = tl.constexpr(1.4426950408889634)  # of exp2, of which the device has an instruction
+FUSED = {"enable_fp_fusion": True}  # said, since Triton warns where it is not that its default will change
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 class Tiles(NamedTuple):
     """How the head kernel cuts its work: rows, classes and features of a tile (powers of two, at least 16), parts that
-    the classes are split into, warps and pipeline stages of a program."""
+    the classes are split into, warps and pipeline stages of a program, and how many registers a thread may have (None:
+    as many as the compiler wants)."""
 
     rows: int = 64
     classes: int = 64
@@ -39,19 +42,30 @@ class Tiles(NamedTuple):
     splits: int = 1
     warps: int = 4
     stages: int = 3
+    registers: int | None = None
 
 
 # -- one tile of logits ----------------------------------------------------------------------------------------------
 @triton.jit
+def _squares(x, rows, N, D, stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK_N,) fp32 sums of squares of `rows`."""
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    row_start = x + rows.to(tl.int64)[:, None] * stride
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        value = tl.load(row_start + d[None, :], mask=(rows < N)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(value * value, axis=1)
+    return total
+
+
+@triton.jit
 def _tile_logits(
-    f, w, bias, scale, rows, cols, N, C, D, stride_f, stride_w, eps,
-    HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, NEAREST: tl.constexpr, UPCAST: tl.constexpr,
+    f, w, gain, offset, row_gain, rows, cols, N, C, D, stride_f, stride_w,
+    GAIN: tl.constexpr, OFFSET: tl.constexpr, TWICE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_N, BLOCK_C) fp32 logits of `rows` and `cols`."""
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    row_squares = tl.zeros((BLOCK_N,), tl.float32)
-    col_squares = tl.zeros((BLOCK_C,), tl.float32)
     row_start = f + rows.to(tl.int64)[:, None] * stride_f
     col_start = w + cols.to(tl.int64)[None, :] * stride_w
     for start in range(0, D, BLOCK_D):
@@ -60,21 +74,24 @@ def _tile_logits(
         b = tl.load(col_start + d[:, None], mask=(cols < C)[None, :] & (d < D)[:, None], other=0.0)
         if UPCAST:  # the interpreter multiplies bf16 as raw bits; products of two bf16 are exact in fp32
             a, b = a.to(tl.float32), b.to(tl.float32)
-        if UNIT:
-            wide_a = a.to(tl.float32)
-            row_squares += tl.sum(wide_a * wide_a, axis=1)
-        if UNIT or NEAREST:
-            wide_b = b.to(tl.float32)
-            col_squares += tl.sum(wide_b * wide_b, axis=0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    if UNIT:
-        norms = (tl.sqrt(row_squares) + eps)[:, None] * (tl.sqrt(col_squares) + eps)[None, :]
-        total = total * tl.load(scale) / norms
-    if NEAREST:
-        total = 2 * total - col_squares[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if GAIN:
+        total = total * tl.load(gain + cols, mask=cols < C, other=0.0)[None, :] * row_gain[:, None]
+    if TWICE:
+        total = 2 * total
+    if OFFSET:
+        total += tl.load(offset + cols, mask=cols < C, other=0.0)[None, :]
     return total
+
+
+@triton.jit
+def _row_gain(
+    f, rows, N, D, stride_f, eps, GAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """(BLOCK_N,) one over the length of each row, or ones that are not used."""
+    if GAIN:
+        return 1 / (tl.sqrt(_squares(f, rows, N, D, stride_f, BLOCK_N, BLOCK_D)) + eps)
+    return tl.full((BLOCK_N,), 1.0, tl.float32)
 
 
 @triton.jit
@@ -124,10 +141,16 @@ def _finish(
 
 # -- the kernels -----------------------------------------------------------------------------------------------------
 @triton.jit
+def squares_kernel(x, out, N, D, stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(out + rows, _squares(x, rows, N, D, stride, BLOCK_N, BLOCK_D), mask=rows < N)
+
+
+@triton.jit
 def head_kernel(
-    f, w, bias, scale, allowed, mask_index, targets, groups, hits, loss, scores, part_float, part_class,
+    f, w, gain, offset, allowed, mask_index, targets, groups, hits, loss, scores, part_float, part_class,
     N, C, D, stride_f, stride_w, classes_per_split, eps,
-    HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, NEAREST: tl.constexpr, MASK: tl.constexpr, LOSS: tl.constexpr,
+    GAIN: tl.constexpr, OFFSET: tl.constexpr, TWICE: tl.constexpr, MASK: tl.constexpr, LOSS: tl.constexpr,
     KEEP: tl.constexpr, SPLITS: tl.constexpr, UNITS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -143,23 +166,26 @@ def head_kernel(
     best_class = tl.zeros((BLOCK_N,), tl.int32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     score = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    row_gain = _row_gain(f, rows, N, D, stride_f, eps, GAIN, BLOCK_N, BLOCK_D)
     first = tl.program_id(1) * classes_per_split
     for start in range(first, tl.minimum(first + classes_per_split, C), BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         logits = _tile_logits(
-            f, w, bias, scale, rows, cols, N, C, D, stride_f, stride_w, eps, HAS_BIAS, UNIT, NEAREST, UPCAST,
+            f, w, gain, offset, row_gain, rows, cols, N, C, D, stride_f, stride_w, GAIN, OFFSET, TWICE, UPCAST,
             BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         logits = _masked(logits, allowed, mask_rows, cols, C, MASK)
         here = tl.max(logits, axis=1)
-        here_class = tl.min(tl.where(logits == here[:, None], cols[None, :], 2147483647), axis=1)
+        here_class = tl.full((BLOCK_N,), -1, tl.int32)  # some class that is no row's target
+        if tl.max(((target >= start) & (target < start + BLOCK_C)).to(tl.int32), axis=0) > 0:
+            here_class = tl.min(tl.where(logits == here[:, None], cols[None, :], 2147483647), axis=1)
+            score = tl.maximum(score, tl.max(tl.where(cols[None, :] == target[:, None], logits, float("-inf")), axis=1))
         best_class = tl.where(here > best, here_class, best_class)  # on a tie the earlier tile's, a lower id
         larger = tl.maximum(best, here)
         if LOSS:
             shift = tl.where(larger > float("-inf"), larger, 0.0)
-            total = total * tl.exp(best - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+            total = total * tl.exp2((best - shift) * LOG2E) + tl.sum(tl.exp2((logits - shift[:, None]) * LOG2E), axis=1)
         best = larger
-        score = tl.maximum(score, tl.max(tl.where(cols[None, :] == target[:, None], logits, float("-inf")), axis=1))
     if SPLITS == 1:
         _finish(best, best_class, total, score, target, group, rows, inside, hits, loss, scores, LOSS, KEEP, UNITS)
     else:
@@ -196,7 +222,7 @@ def join_kernel(
         if LOSS:
             shift = tl.where(larger > float("-inf"), larger, 0.0)
             part = tl.load(part_float + 2 * size + place, mask=inside, other=0.0)
-            total = total * tl.exp(best - shift) + part * tl.exp(here - shift)
+            total = total * tl.exp2((best - shift) * LOG2E) + part * tl.exp2((here - shift) * LOG2E)
         best = larger
         score = tl.maximum(score, tl.load(part_float + size + place, mask=inside, other=float("-inf")))
     _finish(best, best_class, total, score, target, group, rows, inside, hits, loss, scores, LOSS, KEEP, UNITS)
@@ -204,9 +230,9 @@ def join_kernel(
 
 @triton.jit
 def rank_kernel(
-    f, w, bias, scale, allowed, mask_index, targets, scores, ranks,
+    f, w, gain, offset, allowed, mask_index, targets, scores, ranks,
     N, C, D, stride_f, stride_w, classes_per_split, eps,
-    HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, NEAREST: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
+    GAIN: tl.constexpr, OFFSET: tl.constexpr, TWICE: tl.constexpr, MASK: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add to `ranks` how many classes of this split stand before the target: the same tiles as `head_kernel`, so the
@@ -219,11 +245,12 @@ def rank_kernel(
     if MASK == 2:
         mask_rows = tl.load(mask_index + rows, mask=inside, other=0).to(tl.int32)
     before = tl.zeros((BLOCK_N,), tl.int32)
+    row_gain = _row_gain(f, rows, N, D, stride_f, eps, GAIN, BLOCK_N, BLOCK_D)
     first = tl.program_id(1) * classes_per_split
     for start in range(first, tl.minimum(first + classes_per_split, C), BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         logits = _tile_logits(
-            f, w, bias, scale, rows, cols, N, C, D, stride_f, stride_w, eps, HAS_BIAS, UNIT, NEAREST, UPCAST,
+            f, w, gain, offset, row_gain, rows, cols, N, C, D, stride_f, stride_w, GAIN, OFFSET, TWICE, UPCAST,
             BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         logits = _masked(logits, allowed, mask_rows, cols, C, MASK)
@@ -274,7 +301,10 @@ def choose_tiles(num_rows: int, num_classes: int, dtype: torch.dtype, processors
     rows = max(16, min(rows, triton.next_power_of_2(num_rows)))
     programs = triton.cdiv(num_rows, rows)
     splits = max(1, min(triton.cdiv(num_classes, classes), 2 * processors // programs))
-    return Tiles(rows, classes, 64 if wide else 32, splits, 8 if wide else 4, 3)
+    if not wide:
+        return Tiles(rows, classes, 32, splits, 4, 3)
+    # two programs of 8 warps share a processor, so that one multiplies while the other looks for its largest logit
+    return Tiles(rows, classes, 64, splits, 8, 3, registers=128)
 
 
 def head_counts(
@@ -310,18 +340,17 @@ def head_counts(
     tiles = tiles or choose_tiles(num_rows, num_classes, features.dtype, processors(device))
     per_split = triton.cdiv(triton.cdiv(num_classes, tiles.splits), tiles.classes) * tiles.classes
     splits = triton.cdiv(num_classes, per_split)
-    unit = head.kind in ("cosine", "text")
-    scale = head.scale if isinstance(head.scale, Tensor) else torch.full((), head.scale, device=device)
+    gain, offset = class_terms(weight, head)
     wants_loss, wants_top = out.loss is not None, out.top5 is not None
     nothing = out.hits  # stands for a pointer that is not read
     mask = nothing if allowed is None else allowed.contiguous().view(torch.uint8)
     kind = {
-        "HAS_BIAS": head.bias is not None, "UNIT": unit, "NEAREST": head.kind == "nearest",
+        "GAIN": gain is not None, "OFFSET": offset is not None, "TWICE": head.kind == "nearest",
         "MASK": 0 if allowed is None else allowed.ndim, "UPCAST": INTERPRETED,
     }  # fmt: skip
     blocks = {"BLOCK_N": tiles.rows, "BLOCK_C": tiles.classes, "BLOCK_D": tiles.features}
-    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    given = (features, weight, nothing if head.bias is None else head.bias, scale.float() if unit else nothing, mask)
+    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers, **FUSED}
+    given = (features, weight, nothing if gain is None else gain, nothing if offset is None else offset, mask)
     masks = nothing if mask_index is None else mask_index
     numbers = (num_rows, num_classes, width, features.stride(0), weight.stride(0), per_split, head.eps)
     scores = torch.empty(num_rows, device=device) if wants_top else nothing
@@ -338,13 +367,29 @@ def head_counts(
     )  # fmt: skip
     if splits > 1:
         join_kernel[(triton.cdiv(num_rows, 128),)](
-            targets, groups, out.hits, loss, scores, part_float, part_class, num_rows, **ends, BLOCK_N=128
+            targets, groups, out.hits, loss, scores, part_float, part_class, num_rows, **ends, **FUSED, BLOCK_N=128
         )
     if out.top5 is not None:
         ranks = torch.zeros(num_rows, dtype=torch.int32, device=device)
         rank_kernel[grid](*given, masks, targets, scores, ranks, *numbers, **kind, **blocks, **launch)
         among = (ranks < TOP) & (scores > -torch.inf)
         out.top5.index_add_(0, groups, among.to(torch.int64))
+
+
+def class_terms(weight: Tensor, head: Head) -> tuple[Tensor | None, Tensor | None]:
+    """(C,) fp32 factor and summand of each class's products with the features, None where there is none; the factor of
+    a row is the kernel's."""
+    bias = None if head.bias is None else head.bias.float()
+    if head.kind == "linear":
+        return None, bias
+    num_classes, width = weight.shape
+    squares = torch.empty(num_classes, device=weight.device)
+    squares_kernel[(triton.cdiv(num_classes, 16),)](
+        weight, squares, num_classes, width, weight.stride(0), **FUSED, BLOCK_N=16, BLOCK_D=128
+    )
+    if head.kind == "nearest":
+        return None, -squares if bias is None else bias - squares
+    return head.scale / (squares.sqrt_() + head.eps), bias
 
 
 def gather_images(

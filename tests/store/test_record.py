@@ -1,5 +1,6 @@
 """The record of one run: what is written is read back, nothing is lost, and damage is named in one sentence."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -258,31 +260,30 @@ def test_done_vouches_for_every_file_of_the_record(tmp_path: Path) -> None:
 
 
 # -- full disks and closed folders ------------------------------------------------------------------------------------
-@pytest.fixture
-def small_disk() -> object:
-    """Files may not grow beyond 2 kB: what a full disk looks like to the writer."""
+@contextlib.contextmanager
+def small_disk() -> Iterator[None]:
+    """Files may not grow beyond 2 kB: what a full disk looks like to the writer. Nor may a file that pytest writes its
+    own output to, so it must be over before a test is."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
-
-
-def test_a_full_disk_leaves_the_earlier_files_as_they_were(tmp_path: Path, small_disk) -> None:
+def test_a_full_disk_leaves_the_earlier_files_as_they_were(tmp_path: Path) -> None:
     record = finished(tmp_path / "r")
     record.save_checkpoint({"step": 1, "weights": torch.zeros(2000)})
     before = {path: path.read_bytes() for path in record.path.rglob("*") if path.is_file()}
     rng = np.random.default_rng(0)
-    small_disk()
-    with pytest.raises(RunFailed, match="disk is full"):
+    with small_disk(), pytest.raises(RunFailed, match="disk is full"):
         record.save_checkpoint({"step": 2, "weights": torch.randn(20000)})
-    with pytest.raises(RunFailed, match="disk is full"):
+    with small_disk(), pytest.raises(RunFailed, match="disk is full"):
         record.write_losses(np.arange(5000), np.zeros(5000), rng.normal(size=5000), ["loss"])
-    with pytest.raises(RunFailed, match="disk is full"):
+    with small_disk(), pytest.raises(RunFailed, match="disk is full"):
         record.write_matrix(rng.normal(size=(40, 40)), [f"g{i}" for i in range(40)], sizes=np.ones(40))
     assert {path: path.read_bytes() for path in record.path.rglob("*") if path.is_file()} == before
     loaded = record.load_checkpoint()
