@@ -11,7 +11,7 @@ from hypothesis import settings
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in the interpreter; read when Triton is first imported
-# the same examples in every run, so that a red suite is the fault of a change; --hypothesis-profile=explore draws others
+# the same examples in every run, so that only a change turns it red; --hypothesis-profile=explore draws others
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile("fixed")
