@@ -1,8 +1,10 @@
 """The fused kernels against float64 and plain PyTorch: in Triton's interpreter on a CPU, on a GPU with `-m gpu`."""
 
+import math
+
 import pytest
 import torch
-from head_cases import KINDS, MASKS, assert_counts, make_case
+from head_cases import KINDS, MASKS, Case, assert_counts, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_store
@@ -37,13 +39,23 @@ def test_counts_are_those_of_float64(kind, mask, seed, rows, classes, width, who
     assert_counts(case, case.counts(head_counts_reference), exact=exact)
 
 
-@given(KIND, SEED, st.integers(1, 60), st.integers(6, 24))
-@settings(max_examples=8, deadline=None)
+@given(KIND, SEED, st.integers(1, 60), st.integers(6, 24), st.sampled_from([Tiles(16, 16, 16), None]))
+@settings(max_examples=12, deadline=None)
 @interpreted
-def test_bf16_counts_are_those_of_the_rounded_inputs(kind, seed, rows, classes) -> None:
+def test_bf16_counts_are_those_of_the_rounded_inputs(kind, seed, rows, classes, tiles) -> None:
     """Within the margin of fp32 sums: features and weights are rounded to bf16, everything behind that is fp32."""
     case = make_case(kind, "shared", seed, rows=rows, classes=classes, width=24, dtype=torch.bfloat16)
-    assert_counts(case, case.counts(head_counts, tiles=Tiles(16, 16, 16)))
+    assert_counts(case, case.counts(head_counts, tiles=tiles))
+
+
+@interpreted
+def test_vectors_of_zeros() -> None:
+    """All cosines are 0: the lowest id answers, and every class is as likely."""
+    head = Head("cosine", torch.zeros(5, 16), scale=torch.tensor(14.0))
+    case = Case(torch.zeros(4, 16), head, torch.tensor([0, 1, 2, 0]), torch.zeros(4, dtype=torch.int64), None, None, 1)
+    counts = case.counts(head_counts)
+    assert counts.hits.tolist() == [2]
+    assert counts.loss_sums().tolist() == pytest.approx([4 * math.log(5)], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
