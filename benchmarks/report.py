@@ -1,6 +1,6 @@
 """Turn pytest-benchmark's JSON into the table that is committed.
 
-python -m tox -e benchmarks -- --benchmark-json=bench.json
+python -m pytest benchmarks/test_framework.py --benchmark-enable --benchmark-json=bench.json
 python benchmarks/report.py bench.json > results/benchmarks/framework.md
 """
 
@@ -14,7 +14,7 @@ Ratios against a bare PyTorch loop on the same images in the same process, inter
 the ratio is the median over neighbouring pairs. Milliseconds depend on what else the machine did.
 
 ```
-python -m tox -e benchmarks -- --benchmark-json=bench.json
+python -m pytest benchmarks/test_framework.py --benchmark-enable --benchmark-json=bench.json
 python benchmarks/report.py bench.json > results/benchmarks/framework.md
 ```
 """
