@@ -247,8 +247,8 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} has no classify")
 
     def logits(self, images: Tensor, allowed: Tensor, task: int | None) -> Tensor:
-        """(B, C, H, W) -> (B, C) finite logits; called without gradients and with all modules in eval mode. `task` is
-        the task id in the `task` setting, else None."""
+        """(B, C, H, W) -> (B, C) finite logits; called without gradients and with all modules in eval mode. `images` is
+        the evaluator's own: not to be written into. `task` is the task id in the `task` setting, else None."""
         return self.classify(self.features(images, task), allowed, task)
 
     @property
