@@ -130,6 +130,10 @@ class Evaluator:
         self.points.append((step, task, phase, position))
         self.active.append(groups)
 
+    def images_as_read(self) -> bool:
+        """Whether the images that observations look at are what the data hold. Reads them anew: for checks."""
+        return self._images.as_read()
+
     def phase_changed(self) -> None:
         """A phase has begun or ended: more of the method may have changed than its weights."""
         self.engine.changed()
@@ -212,6 +216,7 @@ class Evaluator:
     def _count_rows(
         self, method: Method, groups: tuple[int, ...], seen: int, row: Tensor, task: int | None, version: int | None
     ) -> None:
+        groups = tuple(index for index in groups if self.sizes[index])
         if not groups:
             return
         chosen = self._choose(groups, seen)

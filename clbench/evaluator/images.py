@@ -88,7 +88,10 @@ def gather_images_reference(
 
     top, left: (B,) int64, where each window begins, in or outside of the image; None: 0. Pixels outside are `fill`.
     flip: (B,) bool, mirror the window left-right. gain, offset: (C,) float32, value * gain + offset; None: value / 255.
+
+    Raises ValueError if only one of top and left, or of gain and offset, is given.
     """
+    refuse_halves(top, left, gain, offset)
     channels, height, width = images.shape[1:]
     y = torch.arange(size[0], device=images.device).expand(len(rows), -1)
     x = torch.arange(size[1], device=images.device).expand(len(rows), -1)
@@ -130,6 +133,14 @@ class FusedReader(Reader):
         images = self.store.images
         given = fused.arguments(len(rows), self.store.image_shape, images.device, rng)
         return self.gather(images, rows, fused.size, **given)
+
+
+def refuse_halves(top: Tensor | None, left: Tensor | None, gain: Tensor | None, offset: Tensor | None) -> None:
+    """Raise ValueError where one of two that belong together is missing."""
+    if (top is None) != (left is None):
+        raise ValueError("top and left belong together: give both or none")
+    if (gain is None) != (offset is None):
+        raise ValueError("gain and offset belong together: give both or none")
 
 
 def _drawn(u: Tensor | None) -> Tensor:

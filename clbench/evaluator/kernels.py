@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clbench.evaluator.heads import LOSS_UNIT, TOP, GroupCounts
+from clbench.evaluator.images import refuse_halves
 from clbench.methods.base import Head
 
 __all__ = ["INTERPRETED", "Tiles", "choose_tiles", "gather_images", "head_counts"]
@@ -105,7 +106,7 @@ def _masked(
     elif MASK == 1:
         is_open = (tl.load(allowed + cols, mask=inside, other=0) != 0)[None, :]
     else:
-        place = mask_rows.to(tl.int64)[:, None] * C + cols[None, :]
+        place = mask_rows[:, None] * C + cols[None, :]
         is_open = tl.load(allowed + place, mask=inside[None, :], other=0) != 0
     return tl.where(is_open, logits, float("-inf"))
 
@@ -292,11 +293,15 @@ def gather_kernel(
 
 
 # -- how they are called ---------------------------------------------------------------------------------------------
-def choose_tiles(num_rows: int, num_classes: int, dtype: torch.dtype, processors: int) -> Tiles:
+def choose_tiles(
+    num_rows: int, num_classes: int, dtype: torch.dtype, processors: int, *, mask_per_row: bool = False
+) -> Tiles:
     """A rule, the same on every call, so that a resumed run adds up in the same order. The classes are split until
     there are about two programs for each of the device's `processors`."""
     wide = dtype in (torch.bfloat16, torch.float16)
     rows, classes = (128, 128) if wide else (64, 64)
+    if mask_per_row:  # addresses of a tile of masks need registers, too
+        classes = 64
     classes = max(16, min(classes, triton.next_power_of_2(num_classes)))
     rows = max(16, min(rows, triton.next_power_of_2(num_rows)))
     programs = triton.cdiv(num_rows, rows)
@@ -318,7 +323,8 @@ def head_counts(
     tiles: Tiles | None = None,
 ) -> None:
     """Add the counts of N rows to `out`; arguments as `head_counts_reference`. features: fp32 or bf16, weights are
-    converted to that; sums are fp32 without TF32. Reads nothing back, may be captured in a CUDA graph.
+    converted to that; sums are fp32 without TF32. Reads nothing back, may be captured in a CUDA graph. What a row with
+    NaN among its logits counts as is left open.
 
     Raises RuntimeError for CPU tensors outside Triton's interpreter, ValueError for shapes that do not fit.
     """
@@ -331,13 +337,17 @@ def head_counts(
         raise ValueError(f"the mask is over {allowed.shape[-1]} classes, but the head has {num_classes}")
     if allowed is not None and allowed.ndim == 2 and mask_index is None:
         raise ValueError("several masks need mask_index, the mask of each row")
+    if allowed is not None and allowed.numel() >= 2**31:
+        raise ValueError(f"{len(allowed):,} masks of {num_classes:,} classes are too many; there may be 2^31 values")
     if num_rows == 0:
         return
     device = features.device
+    targets, groups = targets.contiguous(), groups.contiguous()
     features = features if features.stride(1) == 1 else features.contiguous()
     weight = head.weight.to(features.dtype)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    tiles = tiles or choose_tiles(num_rows, num_classes, features.dtype, processors(device))
+    mask_per_row = allowed is not None and allowed.ndim == 2
+    tiles = tiles or choose_tiles(num_rows, num_classes, features.dtype, processors(device), mask_per_row=mask_per_row)
     per_split = triton.cdiv(triton.cdiv(num_classes, tiles.splits), tiles.classes) * tiles.classes
     splits = triton.cdiv(num_classes, per_split)
     gain, offset = class_terms(weight, head)
@@ -351,7 +361,7 @@ def head_counts(
     blocks = {"BLOCK_N": tiles.rows, "BLOCK_C": tiles.classes, "BLOCK_D": tiles.features}
     launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers, **FUSED}
     given = (features, weight, nothing if gain is None else gain, nothing if offset is None else offset, mask)
-    masks = nothing if mask_index is None else mask_index
+    masks = nothing if mask_index is None else mask_index.contiguous()
     numbers = (num_rows, num_classes, width, features.stride(0), weight.stride(0), per_split, head.eps)
     scores = torch.empty(num_rows, device=device) if wants_top else nothing
     part_float = part_class = nothing
@@ -379,7 +389,7 @@ def head_counts(
 def class_terms(weight: Tensor, head: Head) -> tuple[Tensor | None, Tensor | None]:
     """(C,) fp32 factor and summand of each class's products with the features, None where there is none; the factor of
     a row is the kernel's."""
-    bias = None if head.bias is None else head.bias.float()
+    bias = None if head.bias is None else head.bias.float().contiguous()
     if head.kind == "linear":
         return None, bias
     num_classes, width = weight.shape
@@ -406,8 +416,10 @@ def gather_images(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(N, C, H, W) uint8 at `rows` (B,) int64 -> (B, C, h, w) `dtype`, channels last; arguments as
-    `gather_images_reference`. Raises RuntimeError for CPU tensors outside Triton's interpreter."""
+    `gather_images_reference`. Raises RuntimeError for CPU tensors outside Triton's interpreter, ValueError where
+    one of a pair is missing."""
     refuse_cpu(images)
+    refuse_halves(top, left, gain, offset)
     channels, height, width = images.shape[1:]
     out = torch.empty(
         (len(rows), channels, *size), dtype=dtype, device=images.device, memory_format=torch.channels_last

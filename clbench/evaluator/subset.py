@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clbench.data.reader import Reader
+from clbench.errors import InputError
 from clbench.rng import generator
 from clbench.scenarios.model import Group
 
@@ -26,7 +27,15 @@ class Subset(NamedTuple):
 
 
 def draw_subset(groups: tuple[Group, ...], per_group: int, seed: int, device: torch.device) -> Subset:
-    """At most `per_group` rows of each group, in listed order; a function of (groups, per_group, seed)."""
+    """At most `per_group` rows of each group, in listed order; a function of (groups, per_group, seed).
+
+    Raises InputError if some groups say their rows' domains and others do not.
+    """
+    silent = [group.name for group in groups if group.domain is None and len(group.rows)]
+    if 0 < len(silent) < sum(1 for group in groups if len(group.rows)):
+        raise InputError(
+            f"group {silent[0]!r} does not say the domain of its rows, but other groups do; give all of them a domain"
+        )
     rows, targets, domains, index, starts = [], [], [], [], [0]
     for number, group in enumerate(groups):
         rng = generator(seed, "evaluation-subset", number)
@@ -49,7 +58,8 @@ def draw_subset(groups: tuple[Group, ...], per_group: int, seed: int, device: to
 class ResidentImages:
     """Images of a subset under one view: read once and kept, or read again each time if they take too much room.
 
-    A slice of those that are kept is no copy, so whoever is given one must not write into it; `unwritten` tells.
+    A slice of those that are kept is no copy, so whoever is given one must not write into it; `unwritten` tells of
+    writes that PyTorch counts: not of those through `.data`, numpy or a kernel of one's own.
     """
 
     def __init__(self, subset: Subset, read: Reader, view: str) -> None:
@@ -74,3 +84,8 @@ class ResidentImages:
     def unwritten(self) -> bool:
         """Whether the kept images are still those that were read. Asks the tensor's count of writes, not the device."""
         return self._images is None or self._images._version == self._version
+
+    def as_read(self) -> bool:
+        """The same whoever wrote: reads all of them again and compares, so it is for checks."""
+        subset = self.subset
+        return self._images is None or torch.equal(self._images, self.read(subset.rows, subset.domain, self.view))

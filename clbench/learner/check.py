@@ -135,6 +135,7 @@ def undisturbed(spec: RunSpec) -> str:
     assert weights(off) == weights(on), (
         "weights differ with evaluation off and at every step: logits or features change state"
     )
+    assert on.evaluator.images_as_read(), "logits or features write into the images that they are given"
     if registry.find(spec.method).cls.learner is not None:
         return "off = every step"
     beside = finished(spec.model_copy(update={"eval_every": 1, "evaluator": "snapshot"}))

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=0 python tests/evaluator/compile_kernels.py [--all] 9.0 [8.0 ...]
 
-Arguments: compute capabilities; --all: small heads too.
+Arguments: compute capabilities; --all: every kind of head and mask in both precisions, instead of one head in bf16.
 
 Launches are those of `head_counts` and `gather_images` on tensors without data, so signatures, tiles and options are a
 run's own. Triton compiles to the device's machine code with the assembler that it brings; only loading is left out.
@@ -30,7 +30,11 @@ from clbench.methods.base import Head
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS = 132  # of an H100 or H200
-SHAPES = ((65_536, 1_000, 512), (1_000, 10, 160))  # rows, classes, features
+SHAPES = (  # rows, classes, features: classes walked over by one program, split among several, all in one tile
+    (65_536, 1_000, 512),
+    (1_000, 1_000, 512),
+    (1_000, 10, 160),
+)
 
 
 class Absent:
@@ -79,6 +83,7 @@ def facts(name: str, kernel) -> dict:
         "threads": kernel.metadata.num_warps * 32,
         "shared": kernel.metadata.shared,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # bytes of a thread that its registers did not hold
         "products": sorted(set(products)),
         "tf32": "tf32" in ptx,
         "fused": "fma.rn.f32" in ptx,
@@ -113,21 +118,31 @@ def gather(dtype: torch.dtype, changed: bool) -> list[dict]:
     return [{"dtype": str(dtype)[6:], "changed": changed} | facts(*each) for each in compiled]
 
 
-def main(capabilities: list[str], shapes: tuple[tuple[int, int, int], ...]) -> None:
+def everything() -> list[dict]:
+    """Every kind of head under every mask, in a shape and a precision that change from one to the next."""
+    both = (torch.bfloat16, torch.float32)
+    made = [each for dtype in both for changed in (False, True) for each in gather(dtype, changed)]
+    for place, shape in enumerate(SHAPES):
+        for turn, dtype in enumerate(both):
+            for number, kind in enumerate(KINDS):
+                made += heads(kind, MASKS[(number + place + turn) % len(MASKS)], dtype, shape)
+    return made
+
+
+def main(capabilities: list[str], all_of_them: bool) -> None:
     kernels.refuse_cpu = lambda tensor: None
     kernels.processors = lambda device: PROCESSORS
-    both = (torch.bfloat16, torch.float32)
     found = []
     for capability in capabilities:
         driver.set_active(Absent(capability))
-        made = [each for dtype in both for changed in (False, True) for each in gather(dtype, changed)]
-        for number, kind in enumerate(KINDS):
-            mask = MASKS[number % len(MASKS)]
-            made += [each for dtype in both for shape in shapes for each in heads(kind, mask, dtype, shape)]
+        made = (
+            everything()
+            if all_of_them
+            else gather(torch.bfloat16, True) + heads("linear", "none", torch.bfloat16, SHAPES[0])
+        )
         found += [{"capability": capability} | each for each in made]
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    given = [each for each in sys.argv[1:] if each != "--all"]
-    main(given, SHAPES if "--all" in sys.argv else SHAPES[:1])
+    main([each for each in sys.argv[1:] if each != "--all"], "--all" in sys.argv)

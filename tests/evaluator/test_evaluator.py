@@ -6,16 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Flat, learner_for, make_store, run, split_scenario
+from tiny import EVERY_STEP, Flat, learner_for, make_store, run, split_scenario
 from torch import Tensor, nn
 
-from clbench.errors import RunFailed
-from clbench.evaluator import Schedule
+from clbench.errors import InputError, RunFailed
+from clbench.evaluator import Schedule, subset
 from clbench.evaluator.engine import EngineName, make_engine
 from clbench.evaluator.evaluator import answer, watching
 from clbench.evaluator.subset import draw_subset
 from clbench.methods.base import Method
 from clbench.methods.finetune import Finetune
+from clbench.rng import generator
+from clbench.scenarios.model import Domains, Scenario
 
 
 def answer_reference(logits: Tensor, targets: Tensor, allowed: Tensor) -> list[bool]:
@@ -102,6 +104,41 @@ def test_hits_of_groups_that_do_not_lie_in_a_row(mask: str, chunk: int) -> None:
     first, last = naive_hits(learner, learner.method, (0, 2), position, mask)
     assert hits == [first, 0, last]
     assert sum(hits) > 0
+
+
+def with_domains(scenario: Scenario) -> Scenario:
+    """Test images under two permutations of their pixels."""
+    table = torch.stack([torch.arange(36), torch.randperm(36, generator=generator(0, "pixels"))])
+    groups = tuple(group._replace(domain=torch.arange(len(group.rows)) % 2) for group in scenario.groups)
+    return dataclasses.replace(scenario, groups=groups, domains=Domains("permutation", table))
+
+
+@pytest.mark.parametrize("kind", ["class", "task", "pixels"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)])
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+def test_images_that_do_not_fit_are_read_again(kind: str, order: tuple, chunk: int, monkeypatch) -> None:
+    scenario = split_scenario(make_store())
+    scenario = dataclasses.replace(
+        scenario, groups=tuple(scenario.groups[g] for g in order), setting="task" if kind == "task" else "class"
+    )
+    scenario = with_domains(scenario) if kind == "pixels" else scenario
+    drained = []
+    for room in (subset.IMAGE_CACHE_BYTES, 0):
+        monkeypatch.setattr(subset, "IMAGE_CACHE_BYTES", room)
+        learner = learner_for(scenario, Finetune, schedule=EVERY_STEP)
+        learner.evaluator.chunk = chunk
+        run(learner)
+        assert (learner.evaluator._images._images is None) == (room == 0)
+        drained.append(learner.evaluator.drain())
+    assert int(drained[0]["hits"].sum()) > 0
+    assert torch.equal(drained[0]["hits"], drained[1]["hits"])
+
+
+def test_domains_of_some_groups_only_are_refused() -> None:
+    groups = list(with_domains(split_scenario(make_store())).groups)
+    groups[1] = groups[1]._replace(domain=None)
+    with pytest.raises(InputError, match=f"group '{groups[1].name}' does not say the domain"):
+        draw_subset(tuple(groups), 5, 0, torch.device("cpu"))
 
 
 class Darkens(Finetune):
@@ -195,3 +232,20 @@ def test_features_are_kept_while_their_version_holds() -> None:
     method.version = 1
     evaluator.observe(method, 2, 0, 3, end)
     assert method._calls == 3
+
+
+@pytest.mark.parametrize("method", [Cached, Finetune])
+def test_a_group_without_rows_counts_nothing(method: type[Method]) -> None:
+    scenario = split_scenario(make_store())
+    nothing = torch.zeros(0, dtype=torch.int64)
+    empty = scenario.groups[1]._replace(rows=nothing, targets=nothing)
+    some = dataclasses.replace(scenario, groups=(scenario.groups[0], empty, scenario.groups[2]))
+    none = dataclasses.replace(scenario, groups=(empty,))
+    learner = learner_for(some, method, backbone=Flat)
+    end = scenario.offsets[-1]
+    learner.evaluator.observe(learner.method, 2, 0, 1, end)
+    first, last = naive_hits(learner, learner.method, (0, 2), end, "seen")
+    assert learner.evaluator.drain()["hits"].tolist() == [[first, 0, last]]
+    alone = learner_for(none, method, backbone=Flat)
+    alone.evaluator.observe(alone.method, 2, 0, 1, end)
+    assert alone.evaluator.drain()["hits"].tolist() == [[0]]

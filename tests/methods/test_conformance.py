@@ -77,6 +77,10 @@ MISTAKES = {
         "return self.classifier(features)",
         "self.classifier.bias.data.add_(0.01)\n        return self.classifier(features)", "evaluated",
     ),
+    "answering writes into the images, and PyTorch does not count it": (
+        "def classify", "def features(self, images, task):\n        images.data.mul_(0.5)\n"
+        "        return self.backbone(images)\n\n    def classify", "evaluated",
+    ),
     "infinite logits": (
         "return self.classifier(features)", "return self.classifier(features).masked_fill(~allowed, 0) / 0.0", "finite",
     ),
