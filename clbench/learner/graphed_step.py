@@ -190,8 +190,11 @@ def plain_values(method: Method) -> dict[str, Any]:
 
 
 def make_capturable(optimizer: Optimizer) -> None:
-    """Have an optimiser that counts its steps (Adam) count them on the device, and take its rate from there."""
+    """Have an optimiser that counts its steps (Adam) count them on the device, and take its rate from there. SGD with a
+    rate that is a device tensor takes it from there in its fused form only; a rate that is a number stays one."""
     for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and isinstance(group["lr"], Tensor):
+            group["fused"], group["foreach"] = True, False
         if "capturable" not in group or not group["params"]:
             continue
         device = group["params"][0].device

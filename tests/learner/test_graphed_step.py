@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clbench.errors import InputError, RunFailed
 from clbench.evaluator import Schedule
 from clbench.learner.check import finished, prepared, weights
-from clbench.learner.graphed_step import MOST, GraphedStep, check_graphable, make_capturable, signature
+from clbench.learner.graphed_step import MOST, GraphedStep, check_graphable, make_capturable, numbers, signature
 from clbench.learner.learner import Learner
 from clbench.learner.spec import RunSpec
 from clbench.methods.base import Method
@@ -136,6 +136,24 @@ def test_adam_counts_and_takes_its_rate_on_the_device() -> None:
     assert torch.equal(group["lr"], torch.tensor(0.1))
     assert torch.equal(adam.state[weight]["step"], torch.tensor(2.0)), "steps done before count"
     assert sgd.param_groups[0]["lr"] == 0.1, "SGD reads its rate on the host: a graph keeps it"
+
+
+def test_sgd_takes_a_rate_that_is_a_tensor_from_where_it_lies() -> None:
+    rate = torch.tensor(0.1)
+    ours, plain = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.SGD([ours], lr=rate, momentum=0.9, weight_decay=0.01)
+    expected = torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=0.01)
+    make_capturable(optimizer)
+    before = numbers(optimizer)
+    for step in range(1, 6):
+        rate.fill_(0.1 / step)
+        expected.param_groups[0]["lr"] = 0.1 / step
+        ours.grad = torch.arange(3.0) - step
+        plain.grad = ours.grad.clone()
+        optimizer.step(), expected.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert numbers(optimizer) == before, "another rate is no other graph"
+    torch.testing.assert_close(ours, plain)
 
 
 def test_signatures_tell_shapes_apart_and_not_values() -> None:
