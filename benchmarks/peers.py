@@ -26,6 +26,8 @@ CASES = {  # case -> what it is, per what, steps of one turn on a CPU and on a G
     "evaluation": ("one evaluation of {eval_images} images, model that costs nothing", "evaluation", 4, 10),
     "end to end": ("ER step and evaluation behind it, reduced ResNet-18 (nf={width})", "iteration", 1, 10),
 }
+GRAPHS = """`clbench`: with `--cuda-graph` and `--evaluator graph`; the others launch their kernels one by one.
+"""
 EXTRA = {"step, whole tasks": ("the same with `Replay` on whole tasks", "step", 40, 100)}
 MAMMOTH = """ `mammoth`: its model `er`, its loaders
 (without worker processes) and its `evaluate` (batches of 10, as it makes them), PIL images through ToTensor and
@@ -192,7 +194,7 @@ Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batc
 milliseconds, medians; ratios are medians over the rounds of neighbours. `avalanche`: fed with uint8 images from memory
 (as `clbench.interop` does), its fast case; `avalanche-pil`: with PIL images through ToTensor and Normalize, as
 torchvision's data sets do. Its online stream has one experience per batch, and a reservoir.
-See `benchmarks/peer_worker.py`.{MAMMOTH if "mammoth" in peers else ""}
+{GRAPHS if given.device == "cuda" else ""}See `benchmarks/peer_worker.py`.{MAMMOTH if "mammoth" in peers else ""}
 
 ```
 python benchmarks/peers.py --device {given.device} --rounds {given.rounds} --avalanche-python PYTHON{checkout}
