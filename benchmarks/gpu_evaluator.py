@@ -1,26 +1,25 @@
 """What evaluation at every iteration costs on a GPU, in one command; on a CPU the same code at reduced size.
 
-    python benchmarks/gpu_evaluator.py [--device cuda] [--out results/benchmarks/gpu_evaluator.md]
+    python benchmarks/gpu_evaluator.py [--device cuda] [--out results/benchmarks/gpu_evaluator.md] [--tiles]
 
 1. Evaluation throughput: one observation as `--evaluator graph` carries it out, against a CUDA-graphed forward pass
    over the same images at the batch size that is best for it. Goal: at least 0.95 of it.
 2. A training step with an evaluation of 5 x 200 images behind it, against a bare CUDA-graphed training step plus a bare
    CUDA-graphed forward pass of those images. Goal: at most 1.05 times. The evaluation runs from a snapshot, beside.
 3. The fused head kernel at 100, 1,000 and 20,000 classes, against the time that the device's memory or its arithmetic
-   needs at the ceilings measured here, whichever is longer. Goal: at least 0.80 of that bound.
+   needs at the ceilings measured here, whichever is longer. Goal: at least 0.80 of that bound. See `gpu_head.py`, which
+   can be run alone and searches for better tiles; --tiles does so here.
 
-Times are medians of interleaved rounds. On a CPU there are no streams, graphs or kernels: observations are made from a
-snapshot, and 3 times the plain PyTorch form and checks the kernel in Triton's interpreter. Its figures say nothing of a
-GPU.
+Times are medians of interleaved rounds; lines are printed and written as they come. On a CPU there are no streams,
+graphs or kernels: observations are made from a snapshot, and 3 times the plain PyTorch form and checks the kernel in
+Triton's interpreter. Its figures say nothing of a GPU.
 """
 
 import argparse
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,18 +29,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_head
+from gpu_timing import Row, graphed, interleaved, yes
 from parts import cifar_shaped
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from clbench.atomic import atomic_write_bytes
 from clbench.backbones import build as build_backbone
 from clbench.data.reader import Reader
 from clbench.evaluator import Evaluator, Schedule
-from clbench.evaluator.heads import GroupCounts, head_counts_reference
 from clbench.learner.graphed_step import GraphedStep
 from clbench.learner.learner import Learner
 from clbench.learner.resolve import make_method
-from clbench.methods.base import Head
 from clbench.methods.er import ER
 from clbench.methods.finetune import Finetune
 from clbench.scenarios.class_incremental import Params, build
@@ -51,15 +51,6 @@ from clbench.stream import Cursor, Stream
 IN_A_ROW = 5  # steps between two readings of the clock
 
 
-class Row(NamedTuple):
-    """One line of the table. share: of the goal's measure."""
-
-    what: str
-    value: str
-    goal: str
-    met: str
-
-
 class Sizes(NamedTuple):
     """What is measured on a GPU, or reduced on a CPU."""
 
@@ -67,58 +58,12 @@ class Sizes(NamedTuple):
     batch: int
     rounds: int
     batches: tuple[int, ...]
-    head_rows: int
-    features: int
-    classes: tuple[int, ...]
     width: int  # of the network's first stage
+    head: gpu_head.HeadSizes
 
 
-FULL = Sizes(200, 10, 50, (64, 128, 256, 512, 1000), 65_536, 512, (100, 1_000, 20_000), 20)
-REDUCED = Sizes(8, 10, 3, (20, 40), 512, 64, (100, 1_000), 4)
-WARM_UP = 3
-
-
-# -- time --------------------------------------------------------------------------------------------------------------
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds until the device has done it."""
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        work()  # joins the streams it used beside this one
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end))
-    start = time.perf_counter()
-    work()
-    return (time.perf_counter() - start) * 1e3
-
-
-def interleaved(works: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, taken in turn, behind a few rounds that warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + WARM_UP):
-        for name, work in works.items():
-            each = timed(work, device)
-            if number >= WARM_UP:
-                taken[name].append(each)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def graphed(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`work` as a CUDA graph; itself on a CPU."""
-    if device.type != "cuda":
-        return work
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+FULL = Sizes(200, 10, 50, (64, 128, 256, 512, 1000), 20, gpu_head.FULL)
+REDUCED = Sizes(8, 10, 3, (20, 40), 4, gpu_head.REDUCED)
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -204,7 +149,7 @@ def measure_throughput(device: torch.device, sizes: Sizes) -> tuple[list[Row], i
     ], int(best)  # fmt: skip
 
 
-def measure_step(device: torch.device, sizes: Sizes, chunk: int) -> list[Row]:
+def measure_step(device: torch.device, sizes: Sizes, chunk: int) -> Row:
     engine = "graph" if device.type == "cuda" else "snapshot"
     learner = make_learner(device, sizes, Finetune, engine, chunk)
     floor_learner = make_learner(device, sizes, Finetune, "plain", chunk)
@@ -254,120 +199,16 @@ def measure_step(device: torch.device, sizes: Sizes, chunk: int) -> list[Row]:
     pair = interleaved({"floor": floor_in_a_row, "ours": ours_in_a_row}, device, sizes.rounds)
     ratio = pair["ours"] / pair["floor"]
     value = f"{ratio:.3f} ({pair['ours'] / IN_A_ROW:.3f} ms against {pair['floor'] / IN_A_ROW:.3f} ms)"
-    return [
-        Row(f"step of {sizes.batch} images + evaluation of {count}, {engine}: times bare training + forward", value,
-            "<= 1.05", yes(ratio <= 1.05)),
-    ]  # fmt: skip
-
-
-# -- the head kernel ---------------------------------------------------------------------------------------------------
-class Ceilings(NamedTuple):
-    """Measured here: bytes per second of a copy, floating-point operations per second of a bf16 product."""
-
-    bandwidth: float
-    arithmetic: float
-
-
-def measure_ceilings(device: torch.device, rounds: int) -> Ceilings:
-    large = device.type == "cuda"
-    source = torch.empty(2**30 if large else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    side = 8192 if large else 512
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = interleaved({"copy": lambda: target.copy_(source), "product": lambda: left @ right}, device, rounds)
-    return Ceilings(2 * len(source) / times["copy"] * 1e3, 2 * side**3 / times["product"] * 1e3)
-
-
-def make_head(device: torch.device, sizes: Sizes, classes: int) -> tuple[Tensor, Head, Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    features = torch.randn(sizes.head_rows, sizes.features, generator=rng).to(torch.bfloat16)
-    head = Head("linear", torch.randn(classes, sizes.features, generator=rng).to(torch.bfloat16).to(device))
-    targets = torch.randint(0, classes, (sizes.head_rows,), generator=rng)
-    groups = torch.arange(5).repeat_interleave(-(-sizes.head_rows // 5))[: sizes.head_rows]
-    return features.to(device), head, targets.to(device), groups.to(device)
-
-
-def measure_head(device: torch.device, sizes: Sizes) -> list[Row]:
-    """One line or two for each number of classes."""
-    if device.type != "cuda":
-        return [row for classes in sizes.classes for row in head_on_cpu(device, sizes, classes)]
-    ceilings = measure_ceilings(device, sizes.rounds)
-    found = f"{ceilings.bandwidth / 1e9:,.0f} GB/s copy, {ceilings.arithmetic / 1e12:,.1f} TFLOP/s bf16"
-    rows = [head_on_gpu(device, sizes, classes, ceilings) for classes in sizes.classes]
-    return [*rows, Row("ceilings measured here", found, "-", "-")]
-
-
-def describe(sizes: Sizes, classes: int) -> str:
-    return f"head, {sizes.head_rows:,} x {sizes.features} bf16 features, {classes:,} classes"
-
-
-def head_on_cpu(device: torch.device, sizes: Sizes, classes: int) -> list[Row]:
-    """Time of the plain form; the kernel counts the same in the interpreter, on a few rows of whole numbers."""
-    from clbench.evaluator.kernels import Tiles, head_counts
-
-    features, head, targets, groups = make_head(device, sizes, classes)
-    out = [GroupCounts.zeros(5, device) for _ in range(3)]
-    taken = interleaved(
-        {"plain": lambda: head_counts_reference(features, head, targets, groups, out[0])}, device, sizes.rounds
-    )["plain"]
-    whole = features[:64].round().float(), head._replace(weight=head.weight.round().float()), targets[:64], groups[:64]
-    head_counts(*whole, out[1], tiles=Tiles(64, 64, 64))
-    head_counts_reference(*whole, out[2])
-    same = yes(torch.equal(out[1].hits, out[2].hits))
-    return [
-        Row(f"{describe(sizes, classes)}: plain PyTorch", f"{taken:.2f} ms", "-", "-"),
-        Row(f"head, {classes:,} classes: the kernel in the interpreter counts the same", same, "yes", same),
-    ]
-
-
-def head_on_gpu(device: torch.device, sizes: Sizes, classes: int, ceilings: Ceilings) -> Row:
-    """Share of the bound, with the tiles that a run uses; the best of some others beside it."""
-    from clbench.evaluator.kernels import Tiles, head_counts
-
-    features, head, targets, groups = make_head(device, sizes, classes)
-    out = GroupCounts.zeros(5, device, loss=True)
-    repeats = 10
-
-    def milliseconds(tiles: Tiles | None) -> float:
-        def work() -> None:
-            for _ in range(repeats):
-                head_counts(features, head, targets, groups, out, tiles=tiles)
-
-        return interleaved({"kernel": graphed(work, device)}, device, sizes.rounds)["kernel"] / repeats
-
-    needed = features.nbytes + head.weight.nbytes + targets.nbytes + groups.nbytes
-    products = 2 * sizes.head_rows * sizes.features * classes
-    bound = 1e3 * max(needed / ceilings.bandwidth, products / ceilings.arithmetic)
-    chosen, others = milliseconds(None), {}
-    for tiles in candidate_tiles():
-        try:
-            others[tiles] = milliseconds(tiles)
-        except Exception as error:  # Triton's own classes: tiles that do not fit the device's shared memory
-            print(f"  {tiles} left out: {type(error).__name__}", file=sys.stderr)
-    best = min(others, key=lambda tiles: others[tiles])
-    value = (
-        f"{bound / chosen:.3f} ({chosen:.4f} ms, bound {bound:.4f} ms; {others[best]:.4f} ms with tiles {tuple(best)})"
-    )
-    return Row(f"{describe(sizes, classes)}: share of the bound", value, ">= 0.80", yes(bound / chosen >= 0.80))
-
-
-def candidate_tiles() -> list:
-    """Tiles to try beside the chosen ones."""
-    from clbench.evaluator.kernels import Tiles
-
-    return [
-        Tiles(rows, classes, width, 1, warps, stages, registers)
-        for rows, classes in ((128, 128), (128, 256), (256, 128), (64, 128))
-        for width in (64, 128)
-        for warps in (4, 8)
-        for stages in (3, 4)
-        for registers in (None, 128)
-    ]
+    what = f"step of {sizes.batch} images + evaluation of {count}, {engine}: times bare training + forward"
+    return Row(what, value, "<= 1.05", yes(ratio <= 1.05))
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
-def yes(condition: bool) -> str:
-    return "yes" if condition else "NO"
+def measure(device: torch.device, sizes: Sizes, tiles: bool) -> Iterator[Row]:
+    rows, chunk = measure_throughput(device, sizes)
+    yield from rows
+    yield measure_step(device, sizes, chunk)
+    yield from gpu_head.measure_head(device, sizes.head, tiles=tiles)
 
 
 def report(rows: list[Row], device: torch.device) -> str:
@@ -377,10 +218,11 @@ def report(rows: list[Row], device: torch.device) -> str:
     else:
         where = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
         note = "No CUDA device: reduced size, no graphs, kernels in the interpreter. These are no GPU figures.\n\n"
+    command = " ".join(["python", "benchmarks/gpu_evaluator.py", *sys.argv[1:]])
     lines = [f"| {row.what} | {row.value} | {row.goal} | {row.met} |" for row in rows]
     return (
-        f"# Evaluation at every iteration\n\n`python benchmarks/gpu_evaluator.py`: {where}, torch {torch.__version__}."
-        f"\n\n{note}| what | measured | goal | met |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        f"# Evaluation at every iteration\n\n`{command}`: {where}, torch {torch.__version__}.\n\n{note}"
+        "| what | measured | goal | met |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 
 
@@ -388,21 +230,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="file for the table, besides the screen")
+    parser.add_argument("--tiles", action="store_true", help="search for better tiles, too; takes minutes")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    sizes = FULL if device.type == "cuda" else REDUCED
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     else:
         torch.set_num_threads(1)
-    rows, chunk = measure_throughput(device, sizes)
-    rows += measure_step(device, sizes, chunk)
-    rows += measure_head(device, sizes)
-    text = report(rows, device)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text, encoding="utf-8")
+    rows: list[Row] = []
+    for row in measure(device, FULL if device.type == "cuda" else REDUCED, arguments.tiles):
+        rows.append(row)
+        print(" | ".join(row), flush=True)
+        if arguments.out is not None:  # each time: what is there stays, should the rest be cut off
+            atomic_write_bytes(arguments.out, report(rows, device).encode())
+    if arguments.out is None:
+        print(f"\n{report(rows, device)}")
 
 
 if __name__ == "__main__":
