@@ -116,6 +116,14 @@ assert VAL is not None
             "domains",
             "no permutation of the pixels",
         ),
+        (
+            replace(
+                with_group(0, domain=torch.zeros_like(GROUP.rows)),
+                domains=Domains("permutation", torch.arange(4).repeat(2, 1)),
+            ),
+            "domains",
+            "group 'task 1' does not say the domain",
+        ),
         (replace(GOOD, defaults=StreamDefaults(batch_size=0)), "defaults", "batch_size is 0, but must be at least 1"),
         (replace(GOOD, defaults=StreamDefaults(train_view="flop")), "defaults", "train_view: unknown view operation"),
         (replace(GOOD, prompts={3: ("a",)}), "defaults", "prompts are given for task 3"),
