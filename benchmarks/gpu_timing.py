@@ -13,7 +13,7 @@ WARM_UP = 3
 
 
 class Row(NamedTuple):
-    """One line of the table. share: of the goal's measure."""
+    """One line of the table, in words."""
 
     what: str
     value: str

@@ -101,11 +101,12 @@ class Evaluator:
 
     # -- what to evaluate ----------------------------------------------------------------------------------------
     def active_groups(self, task: int, position: int) -> tuple[int, ...]:
-        """Groups that count now: their task has started and at least one class of their targets is unlocked."""
+        """Groups that count now: they have rows, their task has started and at least one class of their targets is
+        unlocked."""
         return tuple(
             index
             for index, (group, unlock) in enumerate(zip(self.scenario.groups, self._unlocks_at, strict=True))
-            if (group.task is None or group.task <= task) and unlock < position
+            if self.sizes[index] and (group.task is None or group.task <= task) and unlock < position
         )
 
     def observe(self, method: Method, task: int, phase: int, step: int, position: int) -> None:
@@ -216,7 +217,6 @@ class Evaluator:
     def _count_rows(
         self, method: Method, groups: tuple[int, ...], seen: int, row: Tensor, task: int | None, version: int | None
     ) -> None:
-        groups = tuple(index for index in groups if self.sizes[index])
         if not groups:
             return
         chosen = self._choose(groups, seen)

@@ -31,8 +31,9 @@ def draw_subset(groups: tuple[Group, ...], per_group: int, seed: int, device: to
 
     Raises InputError if some groups say their rows' domains and others do not.
     """
-    silent = [group.name for group in groups if group.domain is None and len(group.rows)]
-    if 0 < len(silent) < sum(1 for group in groups if len(group.rows)):
+    some = [group for group in groups if len(group.rows)]
+    silent = [group.name for group in some if group.domain is None]
+    if 0 < len(silent) < len(some):
         raise InputError(
             f"group {silent[0]!r} does not say the domain of its rows, but other groups do; give all of them a domain"
         )
@@ -42,7 +43,7 @@ def draw_subset(groups: tuple[Group, ...], per_group: int, seed: int, device: to
         keep = torch.randperm(len(group.rows), generator=rng)[:per_group].sort().values
         rows.append(group.rows[keep])
         targets.append(group.targets[keep])
-        if group.domain is not None:
+        if group.domain is not None and not silent:
             domains.append(group.domain[keep])
         index.append(torch.full((len(keep),), number))
         starts.append(starts[-1] + len(keep))

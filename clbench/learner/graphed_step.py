@@ -171,10 +171,16 @@ def held(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def numbers(optimizer: Optimizer) -> tuple[Any, ...]:
-    """Plain numbers of an optimiser's groups, which a graph fixes."""
-    return tuple(
-        value for group in optimizer.param_groups for value in group.values() if isinstance(value, int | float)
-    )
+    """Numbers of an optimiser's groups that a graph fixes: plain ones, and tensors on the host if weights are not."""
+    found: list[Any] = []
+    for group in optimizer.param_groups:
+        devices = {parameter.device for parameter in group["params"]}
+        for value in group.values():
+            if isinstance(value, int | float):
+                found.append(value)
+            elif isinstance(value, Tensor) and value.device.type == "cpu" and value.device not in devices:
+                found.append(value.item())
+    return tuple(found)
 
 
 def plain_values(method: Method) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import resource
 import signal
 import sys
@@ -318,19 +319,25 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
+    # cuBLAS asks for it where steps and evaluations run on several streams; read when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags: tuple[tuple[Any, str], ...] = (
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"),  # a help in debugging that costs a write
     )
+    before = [getattr(place, name) for place, name in flags]
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
+    for place, name in flags:
+        setattr(place, name, False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+        for (place, name), value in zip(flags, before, strict=True):
+            setattr(place, name, value)
 
 
 @contextlib.contextmanager

@@ -248,8 +248,9 @@ def problems_of_domains(scenario: Scenario, tables: Sequence[LabelTable]) -> Pro
         and not -1 <= domains.table.min() <= domains.table.max() <= 255
     ):
         yield "an overlay holds grey values from 0 to 255, or -1 where the image stays"
-    silent = [group.name for group in scenario.groups if group.domain is None]
-    if 0 < len(silent) < len(scenario.groups):
+    some = [group for group in scenario.groups if len(group.rows)]
+    silent = [group.name for group in some if group.domain is None]
+    if 0 < len(silent) < len(some):
         yield f"group {silent[0]!r} does not say the domain of its rows, but other groups do"
     for where, columns in tables_of(scenario):
         used = columns.get("domain")

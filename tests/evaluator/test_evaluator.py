@@ -139,6 +139,9 @@ def test_domains_of_some_groups_only_are_refused() -> None:
     groups[1] = groups[1]._replace(domain=None)
     with pytest.raises(InputError, match=f"group '{groups[1].name}' does not say the domain"):
         draw_subset(tuple(groups), 5, 0, torch.device("cpu"))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    groups[0] = groups[0]._replace(rows=nothing, targets=nothing, domain=nothing)
+    assert draw_subset(tuple(groups[:2]), 5, 0, torch.device("cpu")).domain is None, "no rows, no domains"
 
 
 class Darkens(Finetune):
@@ -245,7 +248,9 @@ def test_a_group_without_rows_counts_nothing(method: type[Method]) -> None:
     end = scenario.offsets[-1]
     learner.evaluator.observe(learner.method, 2, 0, 1, end)
     first, last = naive_hits(learner, learner.method, (0, 2), end, "seen")
-    assert learner.evaluator.drain()["hits"].tolist() == [[first, 0, last]]
+    drained = learner.evaluator.drain()
+    assert drained["hits"].tolist() == [[first, 0, last]]
+    assert drained["valid"].tolist() == [[True, False, True]]
     alone = learner_for(none, method, backbone=Flat)
     alone.evaluator.observe(alone.method, 2, 0, 1, end)
     assert alone.evaluator.drain()["hits"].tolist() == [[0]]

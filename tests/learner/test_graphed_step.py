@@ -14,6 +14,7 @@ from clbench.evaluator import Schedule
 from clbench.learner.check import finished, prepared, weights
 from clbench.learner.graphed_step import MOST, GraphedStep, check_graphable, make_capturable, numbers, signature
 from clbench.learner.learner import Learner
+from clbench.learner.run import weights_of
 from clbench.learner.spec import RunSpec
 from clbench.methods.base import Method
 from clbench.methods.er import ER, ERConfig
@@ -151,9 +152,19 @@ def test_sgd_takes_a_rate_that_is_a_tensor_from_where_it_lies() -> None:
         ours.grad = torch.arange(3.0) - step
         plain.grad = ours.grad.clone()
         optimizer.step(), expected.step()
-    assert optimizer.param_groups[0]["lr"] is rate
+    group = optimizer.param_groups[0]
+    assert group["lr"] is rate
+    assert (group["fused"], group["foreach"]) == (True, False), "other forms read it on the host"
     assert numbers(optimizer) == before, "another rate is no other graph"
     torch.testing.assert_close(ours, plain)
+
+
+def test_a_rate_on_the_host_is_fixed_in_a_graph() -> None:
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3, device="meta"))], lr=rate)  # stands for another device
+    before = numbers(optimizer)
+    rate.fill_(0.2)
+    assert numbers(optimizer) != before
 
 
 def test_signatures_tell_shapes_apart_and_not_values() -> None:
@@ -201,6 +212,36 @@ def test_graphed_steps_on_the_device_end_with_the_same_weights(name: str) -> Non
         graphed = finished(spec.model_copy(update={"cuda_graph": True}))
     assert weights(plain) == weights(graphed)
     assert equal(plain.losses.state_dict(), graphed.losses.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_a_rate_that_changes_between_replays(place: str) -> None:
+    """On the device it is read at every launch, on the host it makes another graph."""
+    rates = [0.1] * 6 + [0.01] * 6
+    spec = RunSpec(
+        method="finetune", scenario="split-digits", scenario_params={"per_class": 60}, epochs=3, eval_every=0,
+        device="cuda",
+    )  # fmt: skip
+    ended = []
+    for graphed in (False, True):
+        learner = prepared(spec)
+        method = learner.method
+        plan = learner.plans()[0][0]
+        method.open_phase(learner.scenario.tasks[0], plan.phase, learner.at)
+        rate = torch.tensor(0.1, device=place)
+        method.optimizer.param_groups[0]["lr"] = rate if graphed else 0.1
+        step = GraphedStep(method, torch.device("cuda")) if graphed else method.step
+        batch = learner.stream.batch(plan, learner.at)
+        for value in rates:
+            rate.fill_(value)
+            if not graphed:
+                method.optimizer.param_groups[0]["lr"] = value
+            step(batch)
+        ended.append(weights_of(method))
+    assert ended[0].keys() == ended[1].keys()
+    for name, value in ended[0].items():
+        torch.testing.assert_close(ended[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
