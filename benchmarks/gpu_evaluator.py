@@ -1,6 +1,6 @@
 """What evaluation at every iteration costs on a GPU, in one command; on a CPU the same code at reduced size.
 
-    python benchmarks/gpu_evaluator.py [--device cuda] [--out results/benchmarks/gpu_evaluator.md] [--tiles]
+    python benchmarks/gpu_evaluator.py [--out results/benchmarks/gpu_evaluator.md] [--tiles]
 
 1. Evaluation throughput: one observation as `--evaluator graph` carries it out, against a CUDA-graphed forward pass
    over the same images at the batch size that is best for it. Goal: at least 0.95 of it.
@@ -10,9 +10,10 @@
    needs at the ceilings measured here, whichever is longer. Goal: at least 0.80 of that bound. See `gpu_head.py`, which
    can be run alone and searches for better tiles; --tiles does so here.
 
-Times are medians of interleaved rounds; lines are printed and written as they come. On a CPU there are no streams,
-graphs or kernels: observations are made from a snapshot, and 3 times the plain PyTorch form and checks the kernel in
-Triton's interpreter. Its figures say nothing of a GPU.
+Times are medians of interleaved rounds; lines are printed and written as they come. On a GPU all of it runs as a run
+does (no TF32, deterministic algorithms), the floor too. Without one there are no streams, graphs or kernels:
+observations are made from a snapshot, and 3 times the plain PyTorch form and checks the kernel in Triton's interpreter.
+Its figures say nothing of a GPU.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from clbench.evaluator import Evaluator, Schedule
 from clbench.learner.graphed_step import GraphedStep
 from clbench.learner.learner import Learner
 from clbench.learner.resolve import make_method
+from clbench.learner.run import exact_arithmetic
 from clbench.methods.er import ER
 from clbench.methods.finetune import Finetune
 from clbench.scenarios.class_incremental import Params, build
@@ -228,21 +230,21 @@ def report(rows: list[Row], device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="file for the table, besides the screen")
     parser.add_argument("--tiles", action="store_true", help="search for better tiles, too; takes minutes")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    else:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.tiles and device.type != "cuda":
+        parser.error("--tiles times kernels on a GPU, and there is none")
+    if device.type == "cpu":
         torch.set_num_threads(1)
     rows: list[Row] = []
-    for row in measure(device, FULL if device.type == "cuda" else REDUCED, arguments.tiles):
-        rows.append(row)
-        print(" | ".join(row), flush=True)
-        if arguments.out is not None:  # each time: what is there stays, should the rest be cut off
-            atomic_write_bytes(arguments.out, report(rows, device).encode())
+    with exact_arithmetic(device):
+        for row in measure(device, FULL if device.type == "cuda" else REDUCED, arguments.tiles):
+            rows.append(row)
+            print(" | ".join(row), flush=True)
+            if arguments.out is not None:  # each time: what is there stays, should the rest be cut off
+                atomic_write_bytes(arguments.out, report(rows, device).encode())
     if arguments.out is None:
         print(f"\n{report(rows, device)}")
 

@@ -52,7 +52,7 @@ def interleaved(works: dict[str, Callable[[], object]], device: torch.device, ro
 
 
 def graphed(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`work` as a CUDA graph; itself on a CPU."""
+    """`work` as a CUDA graph, which it keeps with all that it reads and writes; itself on a CPU."""
     if device.type != "cuda":
         return work
     side = torch.cuda.Stream()
@@ -64,4 +64,8 @@ def graphed(work: Callable[[], object], device: torch.device) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay(kept: Callable[[], object] = work) -> None:
+        graph.replay()
+
+    return replay

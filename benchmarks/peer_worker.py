@@ -3,9 +3,9 @@
 python benchmarks/peer_worker.py clbench|floor|avalanche|avalanche-pil|mammoth '{"device": "cpu", ...}'
 
 Each line on stdin is {"case": ..., "steps": n}; each answer is {"cpu_ms", "wall_ms"} per step, or {"missing": why}. All
-peers have the same images, model, batch sizes and evaluation. Avalanche evaluates with per-task and stream accuracy; it
-is fed from memory (`clbench.interop`, its fast case) or with PIL images as torchvision does (`avalanche-pil`),
-and runs in whichever interpreter has it.
+peers have the same images, model, batch sizes and evaluation, and full memories; on a GPU none has TF32. Avalanche
+evaluates with per-task and stream accuracy; it is fed from memory (`clbench.interop`, its fast case) or with PIL images
+as torchvision does (`avalanche-pil`), and runs in whichever interpreter has it.
 """
 
 import gc
@@ -26,9 +26,11 @@ from torch import nn
 from clbench.backbones import build as build_backbone
 from clbench.data.reader import Reader
 from clbench.evaluator import Schedule
+from clbench.evaluator.chunks import fitting_chunk
 from clbench.evaluator.parts import PartsEvaluator
 from clbench.learner.learner import Learner
 from clbench.learner.resolve import make_method
+from clbench.learner.run import exact_arithmetic
 from clbench.methods.er import ER
 from clbench.rng import generator
 from clbench.scenarios.class_incremental import Params, build
@@ -39,11 +41,15 @@ BATCH, CAPACITY, TASKS, CLASSES, LR = 10, 500, 5, 10, 0.01
 
 
 class Peer:
-    """What all have in common. `cases`: name -> function of a number of steps."""
+    """What all have in common. `cases`: name -> function of a number of steps. resident: images lie on the device,
+    instead of in the host's memory."""
+
+    resident = True
 
     def __init__(self, device: str, width: int, eval_images: int, stream_per_class: int) -> None:
         self.device, self.width = torch.device(device), width
-        self.store = cifar_shaped(CLASSES, stream_per_class, eval_images // CLASSES).to(self.device)
+        store = cifar_shaped(CLASSES, stream_per_class, eval_images // CLASSES)
+        self.store = store.to(self.device) if self.resident else store
         defaults = StreamDefaults(batch_size=BATCH, drop_last=True)
         self.scenario = build([self.store.table()], 0, Params(tasks=TASKS, online=True), defaults=defaults)
         self.per_group = eval_images // TASKS
@@ -63,7 +69,7 @@ class Peer:
 
 class Clbench(Peer):
     """The learner's own loop on the last task, so that all groups count. On a GPU with `--cuda-graph` and
-    `--evaluator graph`, as a user in a hurry has it there."""
+    `--evaluator graph`, and the deterministic algorithms of every run."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -91,6 +97,10 @@ class Clbench(Peer):
         learner.task_starts += [0] * TASKS
         plan = learner.plans()[-1][0]
         method.open_phase(self.scenario.tasks[-1], plan.phase, learner.at)
+        for start in range(0, CAPACITY, BATCH):
+            cut = slice(start % len(plan.rows), start % len(plan.rows) + BATCH)
+            draws = generator(0, "fill", start, device=self.device)
+            method.buffer.add(plan.rows[cut], plan.targets[cut], draws)
         return learner
 
     def run(self, learner: Learner, steps: int) -> None:
@@ -136,10 +146,13 @@ class Floor(Peer):
         self.test = self.store.images[rows].float() / 255, torch.cat([g.targets for g in groups]).to(self.device)
         self.group = torch.cat([torch.full((len(g.rows),), index) for index, g in enumerate(groups)]).to(self.device)
         self.hits = torch.zeros(TASKS, dtype=torch.int64, device=self.device)
+        # rows of one forward pass as clbench has them, so that a ratio is of what is done around it
+        self.chunk = fitting_chunk(Reader(self.store, {"test": ""}), "test", self.device)
         free, real = (
             FloorER(images, targets, self.model(kind), lr=LR, capacity=CAPACITY, batch=BATCH) for kind in (True, False)
         )
         self.count = 0
+        self.run(free.draw, CAPACITY // BATCH), self.run(real.draw, CAPACITY // BATCH)
         self.cases = {
             "step": lambda steps: self.run(free.step, steps),
             "load": lambda steps: self.run(free.draw, steps),
@@ -153,7 +166,7 @@ class Floor(Peer):
             self.count += 1
 
     def evaluate(self, model: nn.Module) -> None:
-        floor_evaluate(model, *self.test, self.group, self.hits, self.per_group)
+        floor_evaluate(model, *self.test, self.group, self.hits, self.chunk)
 
     def watched(self, er: FloorER, start: int) -> None:
         er.step(start)
@@ -164,18 +177,19 @@ class Avalanche(Peer):
     """Avalanche's online stream with a reservoir (one experience per batch), which is ER as the literature means it,
     and besides its `Replay` strategy on whole tasks."""
 
+    resident = False  # it takes samples one by one, and moves batches to the device
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         from avalanche.benchmarks.scenarios.online import split_online_stream
         from avalanche.evaluation.metrics import accuracy_metrics
         from avalanche.training import Naive, Replay
         from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
-        from avalanche.training.storage_policy import ReservoirSamplingBuffer
 
         self.benchmark = self.fed()
         self.task = self.benchmark.train_stream[-1]
         self.pieces = split_online_stream([self.task], BATCH, shuffle=False, drop_last=True)
-        self.reservoir = ReservoirSamplingBuffer
+        self.loader = self.pieces_forever()
 
         def common(free: bool) -> dict[str, Any]:
             model = self.model(free)
@@ -186,13 +200,12 @@ class Avalanche(Peer):
             }  # fmt: skip
 
         def online(free: bool) -> Any:
-            memory = ReplayPlugin(CAPACITY, batch_size_mem=BATCH, storage_policy=ReservoirSamplingBuffer(CAPACITY))
+            memory = ReplayPlugin(CAPACITY, batch_size_mem=BATCH, storage_policy=self.full())
             return Naive(**common(free), plugins=[memory])
 
         free, real, whole = online(True), online(False), Replay(**common(True), mem_size=CAPACITY)
         whole.train(self.experience(CAPACITY // BATCH), eval_streams=[], pin_memory=False)  # fills its memory
-        self.memory = ReservoirSamplingBuffer(CAPACITY)
-        self.loader = self.pieces_forever()
+        self.memory = self.full()
         self.cases = {
             "step": lambda steps: self.online(free, steps, False),
             "step, whole tasks": lambda steps: whole.train(self.experience(steps), eval_streams=[], pin_memory=False),
@@ -206,6 +219,15 @@ class Avalanche(Peer):
         from clbench.interop.avalanche import to_avalanche
 
         return to_avalanche(self.scenario, self.store, rows_in_minibatch=False)
+
+    def full(self) -> Any:
+        """A reservoir with CAPACITY samples."""
+        from avalanche.training.storage_policy import ReservoirSamplingBuffer
+
+        memory = ReservoirSamplingBuffer(CAPACITY)
+        for _ in range(CAPACITY // BATCH):
+            memory.update_from_dataset(next(self.loader).dataset)
+        return memory
 
     def pieces_forever(self) -> Any:
         while True:
@@ -229,11 +251,12 @@ class Avalanche(Peer):
         for _ in range(steps):
             new = next(self.loader).dataset
             if len(self.memory.buffer):
-                for _batch in ReplayDataLoader(
+                for batch in ReplayDataLoader(
                     new.train(), self.memory.buffer, oversample_small_tasks=True, batch_size=BATCH,
                     batch_size_mem=BATCH, shuffle=True,
                 ):  # fmt: skip
-                    pass
+                    for part in batch:
+                        part.to(self.device)
             self.memory.update_from_dataset(new)
 
 
@@ -303,6 +326,10 @@ def main() -> None:
             from peer_mammoth import Mammoth
 
             PEERS[name] = Mammoth
+        if options["device"] == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
+            if name == "clbench":
+                exact_arithmetic(torch.device("cuda")).__enter__()  # for the rest of this process
         peer = PEERS[name](**options)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), file=out, flush=True)

@@ -24,9 +24,10 @@ CASES = {  # case -> what it is, per what, steps of one turn on a CPU and on a G
     "step": ("one ER step, model that costs nothing", "step", 40, 100),
     "load": ("stream + replay batch, no model", "step", 40, 100),
     "evaluation": ("one evaluation of {eval_images} images, model that costs nothing", "evaluation", 4, 10),
-    "end to end": ("ER step and evaluation behind it, reduced ResNet-18 (nf={width})", "iteration", 1, 10),
+    "end to end": ("ER step and evaluation behind it, reduced ResNet-18 (nf={width})", "iteration", 3, 10),
 }
-GRAPHS = """`clbench`: with `--cuda-graph` and `--evaluator graph`; the others launch their kernels one by one.
+GRAPHS = """`clbench`: with `--cuda-graph`, `--evaluator graph` and the deterministic algorithms of every run, images on
+the device, as the bare loop has them; the others launch their kernels one by one. No TF32 anywhere.
 """
 EXTRA = {"step, whole tasks": ("the same with `Replay` on whole tasks", "step", 40, 100)}
 MAMMOTH = """ `mammoth`: its model `er`, its loaders
@@ -189,11 +190,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     head = f"""# clbench and its peers, on a {"GPU" if given.device == "cuda" else "CPU"}
 
-Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batches of 10 and 10 replayed, buffer of
+Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batches of 10 and 10 replayed, full buffer of
 500, SGD, {sizes["eval_images"]} test images in 5 groups. Peers are asked in turn, {given.rounds} rounds; {kind}
-milliseconds, medians; ratios are medians over the rounds of neighbours. `avalanche`: fed with uint8 images from memory
-(as `clbench.interop` does), its fast case; `avalanche-pil`: with PIL images through ToTensor and Normalize, as
-torchvision's data sets do. Its online stream has one experience per batch, and a reservoir.
+milliseconds, medians; ratios are medians over the rounds of neighbours. The bare loop evaluates in batches of the size
+that clbench has. `avalanche`: fed with uint8 images from memory (as `clbench.interop` does), its fast case;
+`avalanche-pil`: with PIL images through ToTensor and Normalize, as torchvision's data sets do. Its online stream has one
+experience per batch, and a reservoir.
 {GRAPHS if given.device == "cuda" else ""}See `benchmarks/peer_worker.py`.{MAMMOTH if "mammoth" in peers else ""}
 
 ```
