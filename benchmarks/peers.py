@@ -190,12 +190,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     head = f"""# clbench and its peers, on a {"GPU" if given.device == "cuda" else "CPU"}
 
-Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batches of 10 and 10 replayed, full buffer of
-500, SGD, {sizes["eval_images"]} test images in 5 groups. Peers are asked in turn, {given.rounds} rounds; {kind}
+Same random images of CIFAR's shape, online stream of 5 tasks of 2 classes, batches of 10 and 10 replayed, full buffer
+of 500, SGD, {sizes["eval_images"]} test images in 5 groups. Peers are asked in turn, {given.rounds} rounds; {kind}
 milliseconds, medians; ratios are medians over the rounds of neighbours. The bare loop evaluates in batches of the size
 that clbench has. `avalanche`: fed with uint8 images from memory (as `clbench.interop` does), its fast case;
-`avalanche-pil`: with PIL images through ToTensor and Normalize, as torchvision's data sets do. Its online stream has one
-experience per batch, and a reservoir.
+`avalanche-pil`: with PIL images through ToTensor and Normalize, as torchvision's data sets do. Its online stream has
+one experience per batch, and a reservoir.
 {GRAPHS if given.device == "cuda" else ""}See `benchmarks/peer_worker.py`.{MAMMOTH if "mammoth" in peers else ""}
 
 ```
