@@ -50,7 +50,8 @@ def to_avalanche(
     carries `scenario` and `n_classes`.
 
     rows_in_minibatch: False leaves the rows out of it: [x, y, t], as some strategies (DER) want it.
-    store: of the scenario's data set, or of several joined by `clbench.data.join.join`. Views: the scenario's if None.
+    store: of the scenario's data set, or of several joined by `clbench.data.join.join`; samples are the host's wherever
+    it lies, since loaders take them one by one. Views: the scenario's if None.
     Raises InputError if Avalanche is missing, or if views or store do not fit.
     """
     require_avalanche()
@@ -58,6 +59,7 @@ def to_avalanche(
     from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
     from avalanche.benchmarks.scenarios.task_aware import with_task_labels
 
+    store = store.to("cpu")
     check_store(scenario, store)
     defaults = scenario.defaults
     views = {

@@ -139,6 +139,17 @@ def test_every_strategy_runs_and_learns(name: str, setting: str) -> None:
 
 
 @needs_avalanche
+@pytest.mark.gpu
+@pytest.mark.parametrize("evaluator", ["plain", "graph"])
+def test_a_strategy_runs_on_the_device(evaluator: str) -> None:
+    """Its samples come from the host, where the random views' generator is."""
+    wanted = spec("Replay", device="cuda", train_view="pad_crop(1) flip", evaluator=evaluator)
+    learner = finished(prepared(wanted))
+    assert int(learner.matrix[-1][1].sum()) > 0
+    assert next(learner.method.network.parameters()).device.type == "cuda"
+
+
+@needs_avalanche
 @pytest.mark.slow
 def test_mer_runs() -> None:
     assert finished(prepared(spec("MER", eval_every=5))).at.step > 0
