@@ -64,9 +64,13 @@ class Snapshot:
         """Copy all values from the living method; reads nothing on the host."""
         into: dict[int, tuple[Tensor, Tensor]] = {}  # id of a copy -> it, and what it gets
         self._refresh(vars(self.source), vars(self.copy), into, set())
-        if into:
-            copies, living = zip(*into.values(), strict=True)
-            torch._foreach_copy_(list(copies), [value.detach() for value in living])
+        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for copied, living in into.values():  # apart, for a list that mixes them is copied one by one on a GPU
+            copies, values = alike.setdefault((copied.device, copied.dtype), ([], []))
+            copies.append(copied)
+            values.append(living.detach())
+        for copies, values in alike.values():
+            torch._foreach_copy_(copies, values)
 
     def plain(self) -> tuple[Any, ...]:
         """The plain values of the method itself, by which captured work is told apart."""
