@@ -17,7 +17,6 @@ Its figures say nothing of a GPU.
 """
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -26,11 +25,9 @@ from typing import NamedTuple
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 sys.path.insert(0, str(Path(__file__).parent))
 
-import gpu_head
+import gpu_head  # the first to import clbench: it chooses Triton's interpreter where there is no GPU
 from gpu_timing import Row, graphed, interleaved, yes
 from parts import cifar_shaped
 from torch import nn

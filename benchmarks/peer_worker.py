@@ -15,8 +15,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from floor import FloorER, floor_evaluate
@@ -321,15 +322,17 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a peer prints goes elsewhere
     name, options = sys.argv[1], json.loads(sys.argv[2])
+    torch.backends.cudnn.allow_tf32 = False
+    with exact_arithmetic(torch.device(options["device"])) if name == "clbench" else nullcontext():
+        serve(name, options, out)
+
+
+def serve(name: str, options: dict[str, Any], out: TextIO) -> None:
     try:
         if name == "mammoth":
             from peer_mammoth import Mammoth
 
             PEERS[name] = Mammoth
-        if options["device"] == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
-            if name == "clbench":
-                exact_arithmetic(torch.device("cuda")).__enter__()  # for the rest of this process
         peer = PEERS[name](**options)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), file=out, flush=True)

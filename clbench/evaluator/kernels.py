@@ -335,10 +335,11 @@ def head_counts(
         raise ValueError(f"the head takes {head.weight.shape[1]} features, but there are {width}")
     if allowed is not None and allowed.shape[-1] != num_classes:
         raise ValueError(f"the mask is over {allowed.shape[-1]} classes, but the head has {num_classes}")
-    if allowed is not None and allowed.ndim == 2 and mask_index is None:
+    mask_per_row = allowed is not None and allowed.ndim == 2
+    if mask_per_row and mask_index is None:
         raise ValueError("several masks need mask_index, the mask of each row")
-    if allowed is not None and allowed.numel() >= 2**31:
-        raise ValueError(f"{len(allowed):,} masks of {num_classes:,} classes are too many; there may be 2^31 values")
+    if allowed is not None and allowed.numel() >= 2**31:  # the kernel counts places in 32 bits
+        raise ValueError(f"the masks have {allowed.numel():,} values, but there may be {2**31 - 1:,}")
     if num_rows == 0:
         return
     device = features.device
@@ -346,7 +347,6 @@ def head_counts(
     features = features if features.stride(1) == 1 else features.contiguous()
     weight = head.weight.to(features.dtype)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    mask_per_row = allowed is not None and allowed.ndim == 2
     tiles = tiles or choose_tiles(num_rows, num_classes, features.dtype, processors(device), mask_per_row=mask_per_row)
     per_split = triton.cdiv(triton.cdiv(num_classes, tiles.splits), tiles.classes) * tiles.classes
     splits = triton.cdiv(num_classes, per_split)

@@ -9,7 +9,7 @@ from torch import Tensor
 from clbench.data.reader import Reader
 from clbench.errors import InputError
 from clbench.rng import generator
-from clbench.scenarios.model import Group
+from clbench.scenarios.model import Group, without_domain
 
 __all__ = ["IMAGE_CACHE_BYTES", "ResidentImages", "Subset", "draw_subset"]
 
@@ -31,11 +31,10 @@ def draw_subset(groups: tuple[Group, ...], per_group: int, seed: int, device: to
 
     Raises InputError if some groups say their rows' domains and others do not.
     """
-    some = [group for group in groups if len(group.rows)]
-    silent = [group.name for group in some if group.domain is None]
-    if 0 < len(silent) < len(some):
+    silent = without_domain(groups)
+    if silent is not None:
         raise InputError(
-            f"group {silent[0]!r} does not say the domain of its rows, but other groups do; give all of them a domain"
+            f"group {silent.name!r} does not say the domain of its rows, but other groups do; give all of them a domain"
         )
     rows, targets, domains, index, starts = [], [], [], [], [0]
     for number, group in enumerate(groups):
@@ -43,7 +42,7 @@ def draw_subset(groups: tuple[Group, ...], per_group: int, seed: int, device: to
         keep = torch.randperm(len(group.rows), generator=rng)[:per_group].sort().values
         rows.append(group.rows[keep])
         targets.append(group.targets[keep])
-        if group.domain is not None and not silent:
+        if group.domain is not None and len(group.rows):
             domains.append(group.domain[keep])
         index.append(torch.full((len(keep),), number))
         starts.append(starts[-1] + len(keep))

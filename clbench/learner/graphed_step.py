@@ -174,13 +174,16 @@ def numbers(optimizer: Optimizer) -> tuple[Any, ...]:
     """Numbers of an optimiser's groups that a graph fixes: plain ones, and tensors on the host if weights are not."""
     found: list[Any] = []
     for group in optimizer.param_groups:
-        devices = {parameter.device for parameter in group["params"]}
         for value in group.values():
             if isinstance(value, int | float):
                 found.append(value)
-            elif isinstance(value, Tensor) and value.device.type == "cpu" and value.device not in devices:
+            elif isinstance(value, Tensor) and value.device.type == "cpu" and on_a_device(group["params"]):
                 found.append(value.item())
     return tuple(found)
+
+
+def on_a_device(parameters: list[nn.Parameter]) -> bool:
+    return bool(parameters) and parameters[0].device.type != "cpu"
 
 
 def plain_values(method: Method) -> dict[str, Any]:

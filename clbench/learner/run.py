@@ -315,7 +315,8 @@ def forward_flops(resolved: Resolved) -> int:
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Full fp32 and deterministic kernels on a GPU, so that a resumed run is the same to the bit."""
+    """Full fp32 and deterministic kernels on a GPU, so that a resumed run is the same to the bit. All flags are given
+    back; the environment variable, which cuBLAS reads once, stays."""
     if device.type != "cuda":
         yield
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 from clbench.data.classes import TEST, TRAIN, LabelTable
 from clbench.errors import InputError
 from clbench.scenarios import registry
-from clbench.scenarios.model import Scenario
+from clbench.scenarios.model import Scenario, without_domain
 
 __all__ = ["Check", "check_preset", "check_scenario"]
 
@@ -248,10 +248,9 @@ def problems_of_domains(scenario: Scenario, tables: Sequence[LabelTable]) -> Pro
         and not -1 <= domains.table.min() <= domains.table.max() <= 255
     ):
         yield "an overlay holds grey values from 0 to 255, or -1 where the image stays"
-    some = [group for group in scenario.groups if len(group.rows)]
-    silent = [group.name for group in some if group.domain is None]
-    if 0 < len(silent) < len(some):
-        yield f"group {silent[0]!r} does not say the domain of its rows, but other groups do"
+    silent = without_domain(scenario.groups)
+    if silent is not None:
+        yield f"group {silent.name!r} does not say the domain of its rows, but other groups do"
     for where, columns in tables_of(scenario):
         used = columns.get("domain")
         if used is None or len(used) == 0:

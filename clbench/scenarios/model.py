@@ -6,7 +6,7 @@ Shapes: N rows of the store, C classes of the scenario, n rows of a task, g rows
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clbench.data.classes import ClassTable
 
-__all__ = ["Domains", "Group", "Scenario", "StreamDefaults", "Task"]
+__all__ = ["Domains", "Group", "Scenario", "StreamDefaults", "Task", "without_domain"]
 
 SettingName = Literal["class", "task", "domain"]
 
@@ -55,6 +55,14 @@ class Group(NamedTuple):
     task: int | None = None
     domain: Tensor | None = None
     level: int = 0
+
+
+def without_domain(groups: Sequence[Group]) -> Group | None:
+    """The first group that does not say the domain of its rows while others do; None if all or none do. Groups without
+    rows have nothing to say."""
+    some = [group for group in groups if len(group.rows)]
+    silent = [group for group in some if group.domain is None]
+    return silent[0] if 0 < len(silent) < len(some) else None
 
 
 class Domains(NamedTuple):

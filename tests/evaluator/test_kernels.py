@@ -146,6 +146,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         head_counts(case.features, case.head, case.targets, case.groups, out, case.allowed)
     with pytest.raises(ValueError, match="mask_index"):
         head_counts_reference(case.features, case.head, case.targets, case.groups, out, case.allowed)
+    many = torch.zeros((1, 4), dtype=torch.bool, device=case.features.device).expand(2**29, -1)  # takes no memory
+    with pytest.raises(ValueError, match="masks have 2,147,483,648 values, but there may be 2,147,483,647"):
+        head_counts(case.features, case.head, case.targets, case.groups, out, many, case.mask_index)
     with pytest.raises(ValueError, match="loss=True"):
         out.loss_sums()
 
@@ -171,12 +174,14 @@ def test_reference_up_to_a_hundred_thousand_rows(kind: str, mask: str, seed: int
     if case.allowed is not None:
         logits.masked_fill_(~(case.allowed if case.mask_index is None else case.allowed[case.mask_index]), -torch.inf)
     right = (logits.argmax(1) == case.targets) & (logits.amax(1) > -torch.inf)
-    best = logits.topk(2, dim=1).values
+    # classes 0 and 5 are one and the same, so between them there is no close call but an exact tie
+    apart = logits.index_fill(1, torch.tensor([5]), -torch.inf).where(logits[:, :1] > -torch.inf, logits)
+    best = apart.topk(2, dim=1).values
     sure = ~((best[:, 0] - best[:, 1]) < rounding_margin(case.features, case.head))  # NaN: nothing is allowed
     if whole and kind in ("linear", "nearest"):
         sure.fill_(True)
     elif not whole:
-        assert float(sure.double().mean()) > 0.5 or rows < 100
+        assert int((~sure).sum()) <= 0.001 * rows
     assert torch.equal(per_row.hits.bool()[sure], right[sure])
     grouped = case.counts(head_counts_reference)
     assert torch.equal(

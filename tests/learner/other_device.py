@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +23,9 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-FREE = {"aten._to_copy.default", "aten.copy_.default", "aten._copy_from.default"}  # go from one device to the other
+FREE = {"aten._to_copy.default", "aten.copy_.default"}  # go from one device to the other
 INDEXING = {"aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default", "aten._unsafe_index_put.default"}
+TORCH = Path(torch.__file__).parent
 problems: Counter[str] = Counter()
 
 
@@ -60,9 +62,12 @@ def held(value: Any) -> Any:
 
 
 def note(problem: str) -> None:
-    frames = [frame for frame in traceback.extract_stack() if "/clbench/" in frame.filename or "tmp" in frame.filename]
-    place = f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "?"
-    problems[f"{place}: {problem}"] += 1
+    """Count it, at the last line that is neither PyTorch's nor of this file."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path != Path(__file__) and TORCH not in path.parents:
+            problems[f"{path.name}:{frame.lineno}: {problem}"] += 1
+            return
 
 
 class OtherTensor(Tensor):
@@ -191,11 +196,11 @@ def main(wanted: list[str]) -> None:
         problems.clear()
         with Dispatch():
             learner = finished(RunSpec(**json.loads(text)))
-        classes = next(iter(learner.method.modules())).parameters()
+        parameters = [each for module in learner.method.modules() for each in module.parameters()]
         found.append(
             {
                 "problems": dict(problems),
-                "devices": sorted({str(each.device) for each in classes}),
+                "devices": sorted({str(each.device) for each in parameters}),
                 "hits": [int(hits.sum()) for _, hits in learner.matrix],
             }
         )
